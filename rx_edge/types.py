@@ -1,0 +1,97 @@
+"""The values that travel down the pipeline, with their shapes and units.
+
+Nothing here computes; nothing here knows a file format. The order is the data's order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int32]
+
+ImageTensor: TypeAlias = FloatArray  # (B, 3, S, S), normalised by an ImageRecipe
+SoftPrompt: TypeAlias = FloatArray  # (N, D_lm), image embeddings in the LM's input space
+Logits: TypeAlias = FloatArray  # (T, V), natural-log odds, unnormalised
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One projection radiograph as a person would see it.
+
+    Attributes:
+        pixels: float32 (H, W) in [0, 1]; 0 is black and 1 is white on a display, so bone is
+            bright whatever PhotometricInterpretation (PS3.3 C.7.6.3.1.2) the file had.
+        pixel_sha256: sha256 of shape + `pixels`; the cache key of everything computed from it.
+        view: ViewPosition (PS3.3 C.8.11.5) such as "PA", "AP", "LL", or None when not stated.
+        source_format: "dicom", "png" or "jpeg".
+        notes: what the reader had to assume, in words for the user; never patient data.
+        provenance: technical attributes only (TransferSyntaxUID, PhotometricInterpretation...).
+    """
+
+    pixels: FloatArray
+    pixel_sha256: str
+    view: str | None = None
+    source_format: str = "dicom"
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """What the language model produced in one step.
+
+    Attributes:
+        text: complete UTF-8 characters that became printable with this step (may be empty).
+        ids: the token ids of this step.
+        logprobs: natural-log probability of each id.
+        seconds: wall time of the step.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    seconds: float
+
+
+@dataclass
+class Timings:
+    """Seconds per stage of one study, and the work counted in tokens and passes."""
+
+    read: float = 0.0
+    prepare: float = 0.0
+    vision: float = 0.0
+    prefill: float = 0.0
+    decode: float = 0.0
+    time_to_first_token: float = 0.0
+    total: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    decode_passes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A draft report. `status` is always "draft": rx-edge never issues a final one.
+
+    Attributes:
+        text: the draft's text without the banner.
+        banner: the sentence that must accompany the text wherever it is shown.
+        flags: what a reader must know before trusting the text (length limit reached, ...).
+        token_ids: the ids behind `text`, end-of-text excluded.
+        finish: "end" (the model ended) or "length" (the limit cut it).
+        provenance: bundle digest, backends and their devices, recipe, image hash.
+    """
+
+    text: str
+    banner: str
+    flags: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    finish: str
+    timings: Timings
+    provenance: dict[str, str]
+    status: str = "draft"
