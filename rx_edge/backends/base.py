@@ -1,0 +1,146 @@
+"""What the runtime asks of an inference engine: two protocols, and nothing about formats.
+
+A backend module (see `registry.py`) holds `REQUIRES`, `is_available()` and `open(...)`, which
+returns one of these. Both protocols are context managers whose exit is `close()`. Neither is
+thread-safe: one object belongs to one thread at a time.
+
+Does not cover: choosing a backend or a device (`registry.py` and the caller, explicitly),
+sampling, drafting and stopping (`rx_edge.runtime`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, TypeAlias
+
+from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
+
+Segment: TypeAlias = IntArray | SoftPrompt  # token ids (T,) int32, or embeddings (N, D) float32
+
+
+class VisionBackend(Protocol):
+    """Encoder, pooling and projector in one engine: pixels in, soft prompt out."""
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as reported by the engine after loading, not as asked for."""
+        ...
+
+    def encode(self, images: FloatArray) -> FloatArray:
+        """Encode a batch.
+
+        Args:
+            images: float32 (B, 3, S, S), normalised by the bundle's image recipe.
+
+        Returns:
+            float32 (B, N, D): N soft tokens of the language model's width D for each image;
+            every number is finite.
+
+        Raises:
+            BackendError: wrong shape or dtype, non-finite pixels, non-finite output, or closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class LanguageBackend(Protocol):
+    """A causal language model with one sequence in its KV cache.
+
+    Promises of every implementation:
+        - inputs of any length are split into batches that the engine can take;
+        - numbers are finite: NaN or infinite embeddings are refused before they reach the
+          engine, and non-finite logits are an error, never a result;
+        - running out of context is a `BackendError` before anything is decoded;
+        - a call that raises leaves `position` where it was.
+    """
+
+    @property
+    def n_vocab(self) -> int:
+        """V, the number of logits."""
+        ...
+
+    @property
+    def n_embd(self) -> int:
+        """D, the width of an embedding."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """Tokens and embeddings in the KV cache."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where it runs, as reported by the engine after loading, not as asked for."""
+        ...
+
+    def prefill(self, segments: Sequence[Segment]) -> FloatArray:
+        """Append segments at `position`.
+
+        Args:
+            segments: token ids (T,) and embeddings (N, D) in order; empty ones are skipped.
+
+        Returns:
+            float32 (V,), the logits after the last position.
+
+        Raises:
+            BackendError: nothing to append, ids outside the vocabulary, embeddings of another
+                width or not finite, no room, the engine failed, or closed.
+        """
+        ...
+
+    def step(self, ids: IntArray) -> Logits:
+        """Append token ids at `position` and return the logits after every one of them.
+
+        Args:
+            ids: int32 (T,), T >= 1. More than one id is a verify pass of a drafted text.
+
+        Returns:
+            float32 (T, V).
+
+        Raises:
+            BackendError: as for `prefill`.
+        """
+        ...
+
+    def rewind(self, position: int) -> None:
+        """Keep the first `position` tokens of the KV cache and drop the rest.
+
+        Raises:
+            BackendError: `position` is negative or lies ahead, the engine failed, or closed.
+        """
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids by the *engine's* tokenizer; special tokens in the text count, none are added.
+
+        Only for checking that the exported tokenizer equals the trained one: the runtime
+        always passes ids of the Hugging Face tokenizer file.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the engine. Calling it again does nothing."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,381 @@
+"""A GGUF language model on the CPU, through llama.cpp's low-level API.
+
+The high-level `Llama` class cannot take embeddings, so this drives `llama_decode` itself: token
+batches for text, embedding batches for the soft prompt (a batch is one or the other). Every
+limit that llama.cpp enforces by aborting the process, or not at all, is checked here first:
+batch size, room in the KV cache, ids outside the vocabulary, NaN.
+
+`exact=True` computes attention plainly with a float32 KV cache: parity with torch is then
+about 1e-5 and a real conversion fault stands out. Production uses a float16 KV cache and
+flash attention: on a 2-core AVX2 CPU, SmolLM2-135M Q8_0, see FLASH_ATTENTION below.
+
+Does not cover: GPU builds of llama.cpp, several sequences, saving the KV state, sampling.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import numpy as np
+
+from rx_edge.backends.base import Segment
+from rx_edge.errors import BackendError, MissingExtraError
+from rx_edge.optional import require
+from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
+
+REQUIRES = ("llama_cpp",)
+
+BATCH = 512  # tokens per llama_decode; more than n_batch aborts the process
+OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
+FLASH_ATTENTION = True
+
+_NO_ROOM = 1  # llama_decode: no KV slot was found
+_LOG_ERROR, _LOG_CONTINUED = 3, 5  # enum ggml_log_level
+
+
+def is_available() -> str | None:
+    """None, or why this backend cannot be used here."""
+    try:
+        engine()
+    except MissingExtraError as error:
+        return str(error)
+    except (OSError, RuntimeError) as error:  # the shared library does not load
+        return f"llama-cpp-python is installed but does not load: {error}"
+    return None
+
+
+def open(path: Path, *, n_ctx: int, threads: int, exact: bool = False) -> GgufLanguage:
+    """Load a GGUF file (memory-mapped, CPU).
+
+    Args:
+        n_ctx: length of the KV cache in tokens.
+        threads: CPU threads; 0 = one per physical core this process may use.
+        exact: float32 KV cache and no flash attention, for parity checks; slower.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        BackendError: no such file, not a GGUF, refused by llama.cpp (its reason is in the
+            message), or `n_ctx` is longer than the model was trained for.
+    """
+    _check_file(path)
+    if n_ctx < 1 or threads < 0:
+        raise BackendError(
+            f"n_ctx is {n_ctx} and threads is {threads}; use n_ctx >= 1, threads >= 0"
+        )
+    api = engine()
+    model = _load_model(api, path)
+    try:
+        trained = int(api.llama_model_n_ctx_train(model))
+        if n_ctx > trained:
+            raise BackendError(
+                f"{str(path)!r}: n_ctx is {n_ctx} but the model was trained for {trained}; "
+                "ask for less"
+            )
+        context = _new_context(api, model, path, n_ctx, threads or _physical_cores(), exact)
+    except BaseException:
+        api.llama_model_free(model)
+        raise
+    return GgufLanguage(api, model, context, n_ctx)
+
+
+class GgufLanguage:
+    """A `LanguageBackend` (see `base.py` for the contract of every method)."""
+
+    device = "cpu"
+
+    def __init__(self, api: Any, model: Any, context: Any, n_ctx: int) -> None:
+        self._api = api
+        self._context: Any = context
+        self._vocab = api.llama_model_get_vocab(model)
+        self._memory = api.llama_get_memory(context)
+        self._n_ctx = n_ctx
+        self._position = 0
+        self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
+        self.n_embd = int(api.llama_model_n_embd(model))
+        # One batch struct whose pointers stay: a step only rewrites these arrays. seq_id stays
+        # NULL, which llama.h defines as sequence 0.
+        self._tokens = np.zeros(BATCH, np.int32)
+        self._positions = np.zeros(BATCH, np.int32)
+        self._wanted = np.zeros(BATCH, np.int8)  # 1 where logits are asked for
+        self._batch = api.llama_batch()
+        self._batch.pos = _pointer(self._positions, ctypes.c_int32)
+        self._batch.logits = _pointer(self._wanted, ctypes.c_int8)
+        # also runs when the object is dropped without close(); calling it twice does nothing
+        self._release = weakref.finalize(self, _free, api, context, model)
+
+    @property
+    def position(self) -> int:
+        """Tokens and embeddings in the KV cache."""
+        return self._position
+
+    def prefill(self, segments: Sequence[Segment]) -> FloatArray:
+        """Append segments; float32 (V,) logits after the last position."""
+        checked = [s for s in map(self._checked, segments) if len(s)]
+        self._check_room(sum(map(len, checked)))
+        start = self._position
+        try:
+            for segment in checked[:-1]:
+                self._append(segment, outputs="none")
+            logits: FloatArray = self._append(checked[-1], outputs="last")[0]
+            return logits
+        except BaseException:  # Ctrl-C as well: the cache and `position` must agree
+            self.rewind(start)
+            raise
+
+    def step(self, ids: IntArray) -> Logits:
+        """Append ids (T,); float32 (T, V) logits after every one."""
+        ids = self._checked_ids(np.asarray(ids))
+        self._check_room(len(ids))
+        start = self._position
+        try:
+            return self._append(ids, outputs="all")
+        except BaseException:  # Ctrl-C as well: the cache and `position` must agree
+            self.rewind(start)
+            raise
+
+    def rewind(self, position: int) -> None:
+        """Keep the first `position` tokens."""
+        self._check_open()
+        if not 0 <= position <= self._position:
+            raise BackendError(f"rewind to {position}: the KV cache holds {self._position} tokens")
+        # A failed batch can leave cells beyond `position`, so this runs even where it looks idle.
+        if not self._api.llama_memory_seq_rm(self._memory, 0, position, -1):
+            self._fail(f"the KV cache cannot be cut at token {position}")
+        self._position = position
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids by the tokenizer inside the GGUF, for comparison with the trained one."""
+        self._check_open()
+        raw = text.encode()
+        ids = (ctypes.c_int32 * (len(raw) + 1))()  # no tokenizer makes more ids than bytes
+        n = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), False, True)
+        if n < 0:
+            self._fail(f"a text of {len(raw)} bytes cannot be tokenised")
+        return [int(i) for i in ids[:n]]
+
+    def close(self) -> None:
+        """Free context and model; idempotent."""
+        self._release()
+        self._context = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _append(self, segment: Segment, *, outputs: str) -> Logits:
+        """Decode one checked segment in chunks.
+
+        Returns:
+            float32 (rows, V): rows is 0, 1 or len(segment) for outputs "none", "last", "all".
+        """
+        size = OUTPUTS if outputs == "all" else BATCH
+        rows = {"none": 0, "last": 1, "all": len(segment)}[outputs]
+        logits = np.empty((rows, self.n_vocab), np.float32)
+        for first in range(0, len(segment), size):
+            chunk = segment[first : first + size]
+            n = len(chunk)
+            last = first + n == len(segment)
+            self._wanted[:n] = outputs == "all"
+            self._wanted[n - 1] = outputs == "all" or (outputs == "last" and last)
+            self._decode(chunk)
+            if self._wanted[n - 1]:
+                got = n if outputs == "all" else 1
+                at = first if outputs == "all" else 0
+                logits[at : at + got] = self._read_logits(got)
+        return logits
+
+    def _decode(self, chunk: Segment) -> None:
+        n, batch = len(chunk), self._batch
+        if chunk.ndim == 1:
+            self._tokens[:n] = chunk
+            batch.token, batch.embd = _pointer(self._tokens, ctypes.c_int32), None
+        else:  # zero-copy: the chunk is C-contiguous float32 and outlives the call
+            batch.token, batch.embd = None, _pointer(chunk, ctypes.c_float)
+        batch.n_tokens = n
+        self._positions[:n] = np.arange(self._position, self._position + n)
+        last_errors()
+        code = self._api.llama_decode(self._context, batch)
+        if code == _NO_ROOM:
+            self._fail(f"no room for {n} tokens after {self._position}")
+        if code != 0:
+            self._fail(f"llama_decode returned {code} for {n} tokens at {self._position}")
+        self._position += n
+
+    def _read_logits(self, rows: int) -> Logits:
+        """The last call's logits, still in llama.cpp's memory: copy before the next call."""
+        pointer = self._api.llama_get_logits(self._context)
+        if not pointer:
+            self._fail("llama.cpp computed no logits")
+        logits: Logits = np.ctypeslib.as_array(pointer, (rows, self.n_vocab))
+        if not np.isfinite(logits).all():
+            raise BackendError(
+                f"the language model returned NaN or infinite logits before token {self._position};"
+                " the file or this build of llama.cpp is broken"
+            )
+        return logits
+
+    def _checked(self, segment: Segment) -> Segment:
+        array = np.asarray(segment)
+        return self._checked_ids(array) if array.ndim == 1 else self._checked_embeddings(array)
+
+    def _checked_ids(self, ids: Any) -> IntArray:
+        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+            raise BackendError(f"token ids are {ids.dtype} {ids.shape}; integers (T,) are expected")
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
+            raise BackendError(
+                f"token ids run from {ids.min()} to {ids.max()}; "
+                f"the vocabulary has 0 to {self.n_vocab - 1}"
+            )
+        return np.asarray(ids, np.int32)
+
+    def _checked_embeddings(self, embeddings: Any) -> SoftPrompt:
+        if embeddings.ndim != 2 or embeddings.shape[1] != self.n_embd:
+            raise BackendError(
+                f"embeddings have shape {embeddings.shape}; (N, {self.n_embd}) is expected: "
+                "this soft prompt belongs to another language model"
+            )
+        if embeddings.dtype != np.float32:
+            raise BackendError(f"embeddings are {embeddings.dtype}; float32 is expected")
+        if not np.isfinite(embeddings).all():
+            raise BackendError("the soft prompt holds NaN or infinite numbers")
+        return np.ascontiguousarray(embeddings)
+
+    def _check_room(self, n: int) -> None:
+        self._check_open()
+        if n == 0:
+            raise BackendError("nothing to decode: no token ids and no embeddings were given")
+        if self._position + n > self._n_ctx:
+            raise BackendError(
+                f"context is full: {self._position} tokens + {n} more exceed n_ctx "
+                f"{self._n_ctx}; raise generate.n_ctx or shorten the prompt"
+            )
+
+    def _check_open(self) -> None:
+        if self._context is None:
+            raise BackendError("this language model is closed; open the file again")
+
+    def _fail(self, what: str) -> NoReturn:
+        raise BackendError(what + _reason())
+
+
+def _pointer(array: Any, kind: Any) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(kind))
+
+
+def _free(api: Any, context: Any, model: Any) -> None:
+    api.llama_free(context)
+    api.llama_model_free(model)
+
+
+def _check_file(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise BackendError(
+            f"language model {str(path)!r} cannot be read: {error.strerror}"
+        ) from error
+    if magic != b"GGUF":
+        raise BackendError(f"language model {str(path)!r} is not a GGUF file; export it again")
+
+
+def _load_model(api: Any, path: Path) -> Any:
+    params = api.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.load_mode = api.LLAMA_LOAD_MODE_MMAP
+    last_errors()
+    model = api.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise BackendError(f"llama.cpp cannot load {str(path)!r}{_reason()}")
+    return model
+
+
+def _new_context(api: Any, model: Any, path: Path, n_ctx: int, threads: int, exact: bool) -> Any:
+    params = api.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
+    params.n_outputs_max = params.n_outputs_max_per_seq = min(OUTPUTS, n_ctx)
+    params.n_threads = params.n_threads_batch = threads
+    params.offload_kqv = params.op_offload = False  # stay on the CPU in a GPU build as well
+    params.no_perf = True
+    flash = FLASH_ATTENTION and not exact
+    params.flash_attn_type = (
+        api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    )
+    params.type_k = params.type_v = api.GGML_TYPE_F32 if exact else api.GGML_TYPE_F16
+    last_errors()
+    context = api.llama_init_from_model(model, params)
+    if not context:
+        raise BackendError(f"llama.cpp cannot make a context for {str(path)!r}{_reason()}")
+    return context
+
+
+@functools.cache
+def engine() -> Any:
+    """llama_cpp's ctypes layer, initialised, its log kept instead of printed.
+
+    The exporter shares it, so that one process has one log callback.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    api: Any = require("llama_cpp.llama_cpp", extra="cpu")
+    errors, level = _errors(), 0
+
+    def keep(new_level: int, text: bytes, _: Any) -> None:
+        nonlocal level
+        level = level if new_level == _LOG_CONTINUED else new_level
+        if level == _LOG_ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    # llama.cpp keeps the bare pointer, so the callback must live as long as the process
+    api.rx_edge_log = api.llama_log_callback(keep)
+    api.llama_log_set(api.rx_edge_log, ctypes.c_void_p(0))
+    api.llama_backend_init()
+    return api
+
+
+@functools.cache
+def _errors() -> deque[str]:
+    """llama.cpp's most recent error lines; it logs per process, not per model."""
+    return deque(maxlen=3)
+
+
+def last_errors() -> str:
+    """Take llama.cpp's error lines since the last call, or ""."""
+    lines = [line for line in _errors() if line]
+    _errors().clear()
+    return " / ".join(lines)
+
+
+def _reason() -> str:
+    lines = last_errors()
+    return f": {lines}" if lines else ""
+
+
+def _physical_cores() -> int:
+    """Physical cores this process may run on; hyper-threads only slow llama.cpp down."""
+    try:
+        allowed = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
+    return len(cores)

@@ -1,0 +1,89 @@
+"""The causal LM and its LoRA adapter (peft).
+
+Does not cover: the soft prompt (`projector.py`) and GGUF/ONNX (`rx_edge_export`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rx_edge.config import LoraSettings
+from rx_edge.errors import ModelError
+from rx_edge.model.catalogue import locate
+from rx_edge.model.hub import source, transformers
+
+
+def load_language(name: str) -> Any:
+    """A float32 causal LM in eval mode (transformers `PreTrainedModel`).
+
+    Raises:
+        ModelError: weights are missing from the directory.
+    """
+    model, info = transformers().AutoModelForCausalLM.from_pretrained(
+        **source(locate(name)), dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ModelError(f"language model {name!r} lacks weights: {sorted(info['missing_keys'])[:3]}")
+    return model.eval()
+
+
+def tokenizer_file(name: str) -> Path:
+    """The tokenizer.json of the LM `name`.
+
+    Raises:
+        ModelError: the directory has none, or `name` is a hub id that is not on disk.
+    """
+    path = Path(locate(name)) / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(
+            f"language model {name!r} has no tokenizer.json at {str(path)!r}; "
+            "download the model and register its directory with `rx-edge models add`"
+        )
+    return path
+
+
+def with_lora(model: Any, settings: LoraSettings) -> Any:
+    """Attach a fresh adapter; it starts as the identity (B = 0).
+
+    Raises:
+        ModelError: a target name matches no layer of this LM.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    unknown = sorted(set(settings.targets) - names)
+    if unknown:
+        raise ModelError(f"lora.targets {unknown} are no linear layers here; valid: {sorted(names)}")
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.r,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=sorted(settings.targets),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def hidden_states(model: Any, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Last hidden states (B, T, D) of the decoder body, without the vocabulary head."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(base, base.base_model_prefix)
+    out: torch.Tensor = body(
+        inputs_embeds=embeds, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return out
+
+
+def merged(model: Any) -> Any:
+    """The LM with the adapter folded into its float32 weights; `model` is consumed."""
+    out = model.merge_and_unload()
+    left = [n for n, _ in out.named_parameters() if "lora_" in n]
+    if left:
+        raise ModelError(f"merging left adapter tensors behind: {left[:3]}")
+    return out

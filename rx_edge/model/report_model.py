@@ -1,0 +1,184 @@
+"""ReportModel = vision tower -> projector -> soft prompt -> causal LM. The fp32 reference.
+
+What is trained is this class, and what is exported is compared with this class: float32, with
+the adapter *not* merged. A finished run is a directory whose `final/` holds `projector.safetensors`
+and `adapter/` (peft's own format); everything else is found again by name.
+
+Does not cover: optimisation (`rx_edge.train`) and any deployed format (`rx_edge_export`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from rx_edge.config import TrainRecipe, load_toml
+from rx_edge.errors import ModelError
+from rx_edge.model.language import load_language, tokenizer_file, with_lora
+from rx_edge.model.projector import Projector
+from rx_edge.model.vision import load_vision
+from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
+
+IGNORE = -100  # target id of positions that carry no loss
+
+
+class SoftPromptEncoder(nn.Module):
+    """Vision tower + projector: what is compiled to ONNX."""
+
+    def __init__(self, vision: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.vision = vision
+        self.projector = projector
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) float32 -> (B, N, D_lm) float32."""
+        out: torch.Tensor = self.projector(self.vision(pixel_values))
+        return out
+
+
+class ReportModel(nn.Module):
+    """The whole model for one recipe.
+
+    Attributes:
+        lm: the peft-wrapped causal LM; `adapter_off()` gives the base model's answers.
+        prompt: token ids around the image slot.
+    """
+
+    def __init__(self, recipe: TrainRecipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.vision = load_vision(recipe.model.vision, recipe.image.size)
+        language = load_language(recipe.model.language)
+        self.tokenizer_path = tokenizer_file(recipe.model.language)
+        self.tokenizer = load_tokenizer(self.tokenizer_path)
+        self.prompt: PromptIds = prompt_ids(recipe.prompt, self.tokenizer)
+        self.projector = Projector(
+            recipe.model,
+            grid=self.vision.grid,
+            width=self.vision.width,
+            lm_width=int(language.config.hidden_size),
+        )
+        self.lm: Any = with_lora(language, recipe.lora)
+        self.requires_grad_(False)
+
+    @property
+    def encoder(self) -> SoftPromptEncoder:
+        """Vision tower + projector sharing this model's weights."""
+        return SoftPromptEncoder(self.vision, self.projector)
+
+    def embed(self, ids: list[int] | tuple[int, ...]) -> torch.Tensor:
+        """Token ids (T,) -> embeddings (T, D_lm)."""
+        table = self.lm.get_input_embeddings()
+        out: torch.Tensor = table(torch.tensor(list(ids), dtype=torch.long))
+        return out
+
+    def prompt_embeddings(self, soft: torch.Tensor | None) -> torch.Tensor:
+        """Prompt around `soft` (N, D_lm), or around nothing for text-only -> (T, D_lm)."""
+        middle = [] if soft is None else [soft]
+        return torch.cat([self.embed(self.prompt.before), *middle, self.embed(self.prompt.after)])
+
+    @contextlib.contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, the LM is the base LM."""
+        with self.lm.disable_adapter():
+            yield
+
+    @torch.inference_mode()
+    def teacher_forced(self, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
+        """Logits (1 + len(ids), V) after the prompt and after each of `ids`."""
+        embeds = torch.cat([self.prompt_embeddings(soft), self.embed(ids)]) if ids else (
+            self.prompt_embeddings(soft)
+        )
+        out: torch.Tensor = self.lm(
+            inputs_embeds=embeds[None], use_cache=False, logits_to_keep=len(ids) + 1
+        ).logits[0]
+        return out
+
+    @torch.inference_mode()
+    def greedy(self, soft: torch.Tensor, max_new_tokens: int) -> list[int]:
+        """Greedy token ids after the prompt, the end token excluded."""
+        step = self.lm(
+            inputs_embeds=self.prompt_embeddings(soft)[None], use_cache=True, logits_to_keep=1
+        )
+        ids: list[int] = []
+        while len(ids) < max_new_tokens:
+            token = int(step.logits[0, -1].argmax())
+            if token == self.prompt.end:
+                break
+            ids.append(token)
+            step = self.lm(
+                input_ids=torch.tensor([[token]]),
+                past_key_values=step.past_key_values,
+                use_cache=True,
+            )
+        return ids
+
+
+def load_run(run: Path) -> ReportModel:
+    """The model of a finished run, in eval mode, adapter attached and not merged.
+
+    Raises:
+        ModelError: `run` is not a finished run, or its tensors do not fit its recipe.
+        ConfigError: its recipe.toml is wrong.
+    """
+    final = run / "final"
+    for needed in (run / "recipe.toml", final / "projector.safetensors", final / "adapter"):
+        if not needed.exists():
+            raise ModelError(
+                f"{str(run)!r} is not a finished training run: {needed.name} is missing"
+            )
+    model = ReportModel(load_toml(run / "recipe.toml", TrainRecipe))
+    load_trained(model, final)
+    return model.eval()
+
+
+def load_trained(model: ReportModel, final: Path) -> None:
+    """Load projector and adapter strictly; every tensor must be there and be used.
+
+    Raises:
+        ModelError: missing, unexpected or wrongly shaped tensors.
+    """
+    _load_strict(model.projector, load_file(final / "projector.safetensors"), "projector")
+    adapter = load_file(final / "adapter" / "adapter_model.safetensors")
+    expected = adapter_state(model.lm)
+    if adapter.keys() != expected.keys():
+        odd = sorted(adapter.keys() ^ expected.keys())
+        raise ModelError(f"adapter does not fit the recipe: {odd[0]} (and {len(odd) - 1} more)")
+    parameters = dict(model.lm.named_parameters())
+    with torch.no_grad():
+        for key, value in adapter.items():
+            target = parameters[_parameter_name(key)]
+            if target.shape != value.shape:
+                raise ModelError(
+                    f"adapter tensor {key} is {tuple(value.shape)}, not {tuple(target.shape)}"
+                )
+            target.copy_(value)
+
+
+def adapter_state(lm: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names that peft saves them by."""
+    return {
+        name.replace(".default.", "."): parameter.detach()
+        for name, parameter in lm.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _parameter_name(saved: str) -> str:
+    head, _, tail = saved.rpartition(".")
+    return f"{head}.default.{tail}"
+
+
+def _load_strict(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
+    try:
+        module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{what} does not fit the recipe: {str(error).splitlines()[-1].strip()}"
+        ) from error

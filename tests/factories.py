@@ -1,0 +1,108 @@
+"""Tiny models with random weights, saved as real Hugging Face directories.
+
+They have every part of the real ones (grouped-query attention, tied embeddings, special
+tokens, CLS token, layer scale), take milliseconds, and are the same bytes for the same seed.
+Weights are far larger than a usual initialisation, so that a fault changes the logits clearly.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+IMAGE_SIZE = 56  # pixels: 4 x 4 patches, 2 x 2 soft tokens after pixel shuffle
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+SENTENCES = (
+    "The heart size is normal. The mediastinal and hilar contours are unremarkable.",
+    "Lungs are clear without focal consolidation, pleural effusion or pneumothorax.",
+    "There is a moderate left pleural effusion with adjacent atelectasis.",
+    "An endotracheal tube terminates 4 cm above the carina.",
+    "Mild cardiomegaly; no acute osseous abnormality is identified in 2024.",
+    "user\nWrite the findings of this chest radiograph.\n<img></img>\nassistant\n",
+)
+
+
+def tiny_llama_dir(path: Path, *, seed: int = 0, tied: bool = True, **config: Any) -> Path:
+    """A Llama of 2 layers, width 64, 4 heads and 2 KV heads, with its tokenizer.
+
+    Args:
+        config: overrides of `LlamaConfig`.
+    """
+    tokenizer = _bpe_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        "initializer_range": 0.2,
+        "tie_word_embeddings": tied,
+        "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
+    }
+    model = _seeded(LlamaForCausalLM, LlamaConfig(**settings | config), seed)
+    model.save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    ).save_pretrained(path)
+    return path
+
+
+def tiny_vit_dir(path: Path, *, seed: int = 0) -> Path:
+    """A DINOv2 of 2 layers and width 32 for 56-pixel images in patches of 14."""
+    config = Dinov2Config(
+        image_size=IMAGE_SIZE,
+        patch_size=14,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        initializer_range=0.2,
+    )
+    _seeded(Dinov2Model, config, seed).save_pretrained(path)
+    return path
+
+
+def _bpe_tokenizer() -> Tokenizer:
+    """Byte-level BPE over SENTENCES, with SmolLM2's pre-tokenizer and special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    return tokenizer
+
+
+def _seeded(cls: Any, config: Any, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is not disturbed
+        torch.manual_seed(seed)
+        return cls(config).eval()
