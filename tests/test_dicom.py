@@ -7,7 +7,6 @@ import logging
 import shutil
 import struct
 import subprocess
-import zlib
 from pathlib import Path
 
 import numpy as np
