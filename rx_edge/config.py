@@ -203,6 +203,8 @@ def _listed(value: Any) -> Any:
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"{where} is {value!r}; valid: {', '.join(map(repr, args))}")

@@ -302,7 +302,7 @@ def _check_codestream(ds: Dataset, syntax: UID) -> None:
     size = _coded_size(frame)
     if size != (ds.Rows, ds.Columns):
         raise DicomError("PixelData's own size is missing or not Rows x Columns; damaged")
-    if b"\xff\xd9" not in frame[-32:]:  # EOI or EOC; OpenJPEG decodes a truncated stream silently
+    if b"\xff\xd9" not in frame[-32:]:  # EOI, EOC; the codecs notice too, JPEG-LS after 8 s
         raise DicomError("PixelData is truncated (no end marker); export it again from the PACS")
 
 

@@ -9,9 +9,22 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 CR = UID("1.2.840.10008.5.1.4.1.1.1")
+LOSSLESS = [RLELossless, JPEG2000Lossless, JPEGLSLossless]
+KINDS = [*LOSSLESS, ExplicitVRBigEndian, ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian]
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)
 PHI = "ZEBEDEE"  # in every identifying attribute; must never leave the reader
 
 
@@ -84,3 +97,14 @@ def chest_like(height: int = 40, width: int = 32, *, top: int = 4095) -> np.ndar
     column = np.exp(-4.0 * x**2)[None, :] * np.linspace(0.6, 1.0, height)[:, None]
     column -= column.min()
     return np.rint(column / column.max() * top).astype(np.uint16)
+
+
+def encode(syntax: UID, ds: Dataset) -> Dataset:
+    """`ds` in another transfer syntax of `KINDS`, without loss."""
+    if syntax in LOSSLESS:
+        ds.compress(syntax, generate_instance_uid=False)
+    else:
+        if syntax == ExplicitVRBigEndian:
+            ds.PixelData = np.frombuffer(ds.PixelData, "<u2").astype(">u2").tobytes()
+        ds.file_meta.TransferSyntaxUID = syntax
+    return ds

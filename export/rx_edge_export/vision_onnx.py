@@ -5,7 +5,7 @@ compared with torch: a conversion that drifts is an error, not a warning. Source
 traces and module paths that torch stores in the graph are removed, because they name the
 machine it was made on and make the bytes depend on it.
 
-Does not cover: quantisation, TensorRT, and languages models.
+Does not cover: quantisation, TensorRT, and language models.
 """
 
 from __future__ import annotations
@@ -84,10 +84,13 @@ def _trace(module: torch.nn.Module, path: Path, image_size: int) -> None:
             )
     except Exception as error:  # the exporter raises many kinds, none documented
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ExportError(f"torch.onnx cannot export {type(module).__name__}: {first_line}") from error
+        raise ExportError(
+            f"torch.onnx cannot export {type(module).__name__}: {first_line}"
+        ) from error
     assert program is not None  # only with dynamo=False
     _strip(program.model)
-    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    weights = program.model.graph.initializers.values()
+    size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     program.save(path, external_data=size > SINGLE_FILE_LIMIT)
 
 

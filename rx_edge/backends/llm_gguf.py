@@ -38,7 +38,7 @@ OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 w
 FLASH_ATTENTION = True
 
 _NO_ROOM = 1  # llama_decode: no KV slot was found
-_LOG_ERROR, _LOG_CONTINUED = 3, 5  # enum ggml_log_level
+_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; the enum in llama-cpp-python's logger is outdated
 
 
 def is_available() -> str | None:
@@ -341,7 +341,7 @@ def engine() -> Any:
         nonlocal level
         level = level if new_level == _LOG_CONTINUED else new_level
         if level == _LOG_ERROR:
-            errors.append(text.decode(errors="replace").strip())
+            errors.append(" ".join(text.decode(errors="replace").split()))
 
     # llama.cpp keeps the bare pointer, so the callback must live as long as the process
     api.rx_edge_log = api.llama_log_callback(keep)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from rx_edge import image
 from rx_edge.config import ImageRecipe, to_mapping
+from rx_edge.model.digest import weights_digest
 from rx_edge.model.vision import VisionTower
 from rx_edge.radiograph import open_radiograph
 
@@ -61,12 +61,3 @@ class FeatureCache:
             save_file({"features": self.tower(pixels)[0].contiguous()}, temporary)
             temporary.replace(file)
         return load_file(file)["features"]
-
-
-def weights_digest(module: nn.Module) -> str:
-    """sha256 over every tensor of `module`: name, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -30,11 +30,12 @@ import rx_edge
 from rx_edge.config import StageConfig, TrainRecipe, from_mapping, load_toml, to_mapping
 from rx_edge.errors import ConfigError, TrainingError, UsageError
 from rx_edge.model.catalogue import locate
+from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_trained
 from rx_edge.train import data
 from rx_edge.train.batching import Example, examples
 from rx_edge.train.checkpoint import save_trained, write_json
-from rx_edge.train.features import FeatureCache, weights_digest
+from rx_edge.train.features import FeatureCache
 from rx_edge.train.grounding import prove
 from rx_edge.train.stages import run_stage
 

@@ -1,0 +1,236 @@
+"""The deployment bundle: its manifest, its hashes, and every reason to refuse it.
+
+A bundle is a directory that `manifest.json` describes completely. Files are hashed *before* any
+parser sees them. A bundle is refused when it was written by newer code, when a file's bytes are
+not those of the manifest, when it was never verified against the trained model, or when its parts
+do not belong together (`pairing`, which each artefact also carries inside itself).
+
+Does not cover: writing one (`rx_edge_export.export`), running one (`rx_edge.runtime`) and proving
+that it equals the model (`rx_edge_export.verify`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rx_edge.config import (
+    DRAFT_BANNER,
+    GenerateConfig,
+    ImageRecipe,
+    PromptConfig,
+    from_mapping,
+)
+from rx_edge.errors import BundleError, ConfigError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be, byte for byte."""
+
+    sha256: str = ""
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One half of the model in one format.
+
+    Attributes:
+        file: path inside the bundle.
+        format: name of the backend that reads it (`rx_edge.backends.registry`).
+        precision: "fp32", "F16", "Q8_0" ...
+        details: what the writer measured: opset, tensor-type histogram, sizes.
+    """
+
+    file: str = ""
+    format: str = ""
+    precision: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """One comparison with the trained model.
+
+    Attributes:
+        stage: "pixels", "soft_prompt", "prefill_logits", "greedy_tokens", "adapter" ...
+        artifact: the file that was tested.
+        canary: the study it was tested on.
+        metric: what `value` is, with its direction; "max" and "kl" must stay below `tolerance`.
+    """
+
+    stage: str = ""
+    artifact: str = ""
+    canary: str = ""
+    metric: str = ""
+    value: float = 0.0
+    tolerance: float = 0.0
+    passed: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a verification. No stages is not a pass."""
+
+    passed: bool = False
+    stages: tuple[StageResult, ...] = ()
+
+    @staticmethod
+    def of(stages: list[StageResult]) -> Verdict:
+        """Passed only if something was compared and everything passed."""
+        return Verdict(bool(stages) and all(s.passed for s in stages), tuple(stages))
+
+    def failures(self) -> list[StageResult]:
+        """The stages that failed."""
+        return [s for s in self.stages if not s.passed]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json, schema 1."""
+
+    schema: int = SCHEMA
+    name: str = ""
+    created: str = ""  # UTC, ISO 8601: the only field that differs between two equal exports
+    banner: str = DRAFT_BANNER
+    intended_use: str = ""
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    pairing: str = ""
+    image: ImageRecipe = field(default_factory=ImageRecipe)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    soft_tokens: int = 0  # N
+    width: int = 0  # D_lm
+    vision: Artifact = field(default_factory=Artifact)
+    language: tuple[Artifact, ...] = ()  # the first one is the default
+    tokenizer: str = "tokenizer.json"
+    canaries: tuple[str, ...] = ()
+    lineage: dict[str, Any] = field(default_factory=dict)
+    verification: Verdict = field(default_factory=Verdict)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose bytes have been checked.
+
+    Attributes:
+        digest: sha256 of manifest.json, which fixes every other byte.
+    """
+
+    root: Path
+    manifest: Manifest
+    digest: str
+
+    def path(self, name: str) -> Path:
+        """Absolute path of a file of the manifest.
+
+        Raises:
+            BundleError: the manifest does not list it, so its bytes were never checked.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{_name(self.root)} {name!r} is not listed in {MANIFEST}: not read")
+        return self.root / name
+
+    def language(self, precision: str | None = None) -> Artifact:
+        """The language artefact of that precision, or the default one.
+
+        Raises:
+            BundleError: the bundle has none of that precision.
+        """
+        for artifact in self.manifest.language:
+            if precision in (None, artifact.precision):
+                return artifact
+        have = ", ".join(a.precision for a in self.manifest.language) or "none"
+        raise BundleError(f"{_name(self.root)} no language model of precision {precision!r}; has: {have}")
+
+
+def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:
+    """Read the manifest and check every file it lists.
+
+    Args:
+        allow_unverified: accept a bundle without a passing verdict; every draft then says so.
+
+    Raises:
+        BundleError: no bundle, damaged, newer than this code, or unverified.
+    """
+    try:
+        raw_bytes = (root / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{_name(root)} {MANIFEST} cannot be read ({error.strerror}); "
+            "make a bundle with `rx-edge export RUN --out BUNDLE`"
+        ) from error
+    manifest = _parse(root, raw_bytes)
+    if not manifest.verification.passed and not allow_unverified:
+        raise BundleError(
+            f"{_name(root)} it has no passing verification against the trained model; "
+            "export it again (or add --allow-unverified, which marks every draft)"
+        )
+    check_files(root, manifest.files)
+    return Bundle(root, manifest, hashlib.sha256(raw_bytes).hexdigest())
+
+
+def check_files(root: Path, files: dict[str, FileEntry]) -> None:
+    """Compare size and sha256 of every listed file with the manifest.
+
+    Raises:
+        BundleError: a file is missing or differs; the first such file is named.
+    """
+    for name, entry in sorted(files.items()):
+        _check_inside(root, name)
+        try:
+            found = describe(root / name)
+        except OSError as error:
+            raise BundleError(f"{_name(root)} {name}: {error.strerror}; restore the file") from error
+        if found != entry:
+            raise BundleError(
+                f"{_name(root)} {name} has sha256 {found.sha256[:8]}... ({found.bytes} bytes), "
+                f"{MANIFEST} says {entry.sha256[:8]}... ({entry.bytes} bytes); "
+                "export it again or restore the file"
+            )
+
+
+def describe(path: Path) -> FileEntry:
+    """sha256 and size of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return FileEntry(digest, stream.tell())
+
+
+def pairing_hash(parts: dict[str, str]) -> str:
+    """One hash over the hashes of what must stay together: encoder, LM, tokenizer, prompt."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(root: Path, raw_bytes: bytes) -> Manifest:
+    try:
+        raw = json.loads(raw_bytes)
+        schema = raw["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{_name(root)} {MANIFEST} is damaged: {error!r}; restore it") from error
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{_name(root)} its schema is {schema!r}, this rx-edge reads {SCHEMA}; "
+            "update rx-edge or export the model again"
+        )
+    try:
+        return from_mapping(Manifest, raw, where=MANIFEST)
+    except ConfigError as error:
+        raise BundleError(f"{_name(root)} {error}") from error
+
+
+def _check_inside(root: Path, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name:
+        raise BundleError(f"{_name(root)} {MANIFEST} lists {name!r}, which is outside the bundle")
+
+
+def _name(root: Path) -> str:
+    return f"bundle {str(root)!r} is refused:"

@@ -1,0 +1,127 @@
+"""One study in, one streamed draft out.
+
+read -> guard -> prepare -> vision -> prefill -> decode. Decoding is greedy: the same study and
+bundle give the same draft. The text is streamed in whole characters, each chunk with its
+measurements; benchmarks time this very stream.
+
+Does not cover: several studies at once, speculative drafting, sampling.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers.decoders import DecodeStream
+
+from rx_edge import guards, image
+from rx_edge.prompting import layout
+from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.session import Session
+from rx_edge.types import FloatArray, Radiograph, Report, Timings, TokenChunk
+
+UNVERIFIED = "this bundle was not verified against the trained model"
+
+
+def draft(session: Session, study: Path) -> Generator[TokenChunk, None, Report]:
+    """Draft a report for an image file; the generator's return value is the `Report`.
+
+    Raises:
+        UsageError, InputError: the file is no usable chest radiograph.
+        BackendError: an engine failed; nothing is drafted from nonsense.
+    """
+    started = time.perf_counter()
+    timings = Timings()
+    radiograph = open_radiograph(study)
+    flags = list(guards.check_image(radiograph))
+    timings.read = time.perf_counter() - started
+    pixels = image.prepare(radiograph, session.bundle.manifest.image)
+    timings.prepare = time.perf_counter() - started - timings.read
+    soft_prompt = encode(session, pixels, timings)
+    logits = _prefill(session, soft_prompt, timings)
+    timings.time_to_first_token = time.perf_counter() - started
+    ids, text, finish = yield from _decode(session, logits, timings)
+    timings.total = time.perf_counter() - started
+    flags += guards.check_text(text, finish=finish)
+    flags += [UNVERIFIED] if session.unverified else []
+    return Report(
+        text=text,
+        banner=session.bundle.manifest.banner,
+        flags=(*radiograph.notes, *flags),
+        token_ids=tuple(ids),
+        finish=finish,
+        timings=timings,
+        provenance=_provenance(session, radiograph),
+    )
+
+
+def encode(session: Session, pixels: FloatArray, timings: Timings) -> FloatArray:
+    """One image tensor (1, 3, S, S) -> soft prompt (N, D_lm)."""
+    started = time.perf_counter()
+    soft_prompt: FloatArray = session.vision.encode(pixels)[0]
+    timings.vision = time.perf_counter() - started
+    return soft_prompt
+
+
+def _prefill(session: Session, soft_prompt: FloatArray, timings: Timings) -> FloatArray:
+    started = time.perf_counter()
+    segments = layout(session.prompt, soft_prompt)
+    session.language.rewind(0)
+    logits = session.language.prefill(segments)
+    timings.prefill = time.perf_counter() - started
+    timings.prompt_tokens = sum(len(s) for s in segments)
+    return logits
+
+
+def _decode(
+    session: Session, logits: FloatArray, timings: Timings
+) -> Generator[TokenChunk, None, tuple[list[int], str, str]]:
+    """Greedy decoding until the end token or the limit; returns ids, text and the reason."""
+    stream: Any = DecodeStream(skip_special_tokens=True)
+    # the last token is never fed back, so the context must hold prompt + limit - 1
+    room = session.generate.n_ctx - timings.prompt_tokens + 1
+    limit = min(session.generate.max_new_tokens, room)
+    ids: list[int] = []
+    parts: list[str] = []
+    started = last = time.perf_counter()
+    while len(ids) < limit:
+        token = int(logits.argmax())
+        if token == session.prompt.end:
+            timings.decode = time.perf_counter() - started
+            return ids, "".join(parts).strip(), "end"
+        ids.append(token)
+        text = stream.step(session.tokenizer, token) or ""
+        parts.append(text)
+        now = time.perf_counter()
+        timings.new_tokens = len(ids)
+        yield TokenChunk(text, (token,), (_log_probability(logits, token),), now - last)
+        last = time.perf_counter()
+        if len(ids) < limit:
+            logits = session.language.step(np.asarray([token], np.int32))[-1]
+            timings.decode_passes += 1
+    timings.decode = time.perf_counter() - started
+    return ids, "".join(parts).strip(), "length"
+
+
+def _log_probability(logits: FloatArray, token: int) -> float:
+    """Natural-log probability of `token` under softmax(logits)."""
+    top = float(logits.max())
+    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum()))
+
+
+def _provenance(session: Session, radiograph: Radiograph) -> dict[str, str]:
+    manifest = session.bundle.manifest
+    return {
+        "model": manifest.name,
+        "bundle_sha256": session.bundle.digest,
+        "vision": f"{manifest.vision.format} {manifest.vision.precision} {session.vision.device}",
+        "language": (
+            f"{session.artifact.format} {session.artifact.precision} {session.language.device}"
+        ),
+        "image_recipe": manifest.image.name,
+        "pixel_sha256": radiograph.pixel_sha256,
+        "source_format": radiograph.source_format,
+    }
