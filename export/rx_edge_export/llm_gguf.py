@@ -26,6 +26,7 @@ import gguf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.backends.llm_gguf import engine, last_errors
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
@@ -64,10 +65,17 @@ class _Tensor:
     rope_heads: int = 0  # > 0: rows are permuted, see `_permuted`
 
 
-def write(model_dir: Path, out: Path, *, dtype: Literal["f32", "f16"], name: str) -> dict[str, Any]:
+def write(
+    model_dir: Path, out: Path, *, dtype: Literal["f32", "f16"], name: str, pairing: str = ""
+) -> dict[str, Any]:
     """Write `model_dir` (config.json, *.safetensors, tokenizer files) as a GGUF file.
 
     Norm weights stay float32 in an "f16" file, as llama.cpp expects.
+
+    Args:
+        name: shown by engines as the model's name.
+        pairing: hash of the model this file belongs to (`rx_edge.bundle.pairing_hash`); it stays
+            in the file when that is quantised. "" writes none.
 
     Returns:
         {"bytes", "tensor_types": {type: count}, "tokenizer_pre", "tied_embeddings"}.
@@ -86,6 +94,8 @@ def write(model_dir: Path, out: Path, *, dtype: Literal["f32", "f16"], name: str
         writer = gguf.GGUFWriter(part, "llama")
         try:
             _add_metadata(writer, llama, dtype, name)
+            if pairing:
+                writer.add_string(PAIRING_KEY, pairing)
             pre = add_tokenizer(writer, model_dir, llama.vocab)
             types = _write_tensors(writer, tensors, where, _DTYPES[dtype][0])
         finally:

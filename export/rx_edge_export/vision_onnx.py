@@ -24,6 +24,7 @@ import onnx
 import torch
 
 from rx_edge.backends import vision_onnx as reader
+from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import ExportError
 
 OPSET = 20  # the first with GELU as one operator
@@ -31,13 +32,17 @@ TOLERANCE = 1e-3  # of the largest reference number; fp32 reaches about 1e-6
 SINGLE_FILE_LIMIT = 1_800_000_000  # bytes of weights; a protobuf ends at 2 GiB
 
 
-def write(module: torch.nn.Module, out: Path, *, image_size: int) -> dict[str, Any]:
+def write(
+    module: torch.nn.Module, out: Path, *, image_size: int, pairing: str = ""
+) -> dict[str, Any]:
     """Export `module` and compare the result with it.
 
     Args:
         module: maps pixel_values float32 (B, 3, S, S) to a soft prompt float32 (B, N, D). It is
             put into eval mode.
         image_size: S in pixels.
+        pairing: hash of the model this file belongs to (`rx_edge.bundle.pairing_hash`); "" writes
+            none.
 
     Returns:
         {"bytes", "opset", "soft_tokens": N, "width": D, "max_error"}; `max_error` is relative to
@@ -50,7 +55,7 @@ def write(module: torch.nn.Module, out: Path, *, image_size: int) -> dict[str, A
     module.eval()
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_directory(out)) as scratch:
         part = Path(scratch) / out.name  # the final name: external data is referred to by it
-        _trace(module, part, image_size)
+        _trace(module, part, image_size, pairing)
         onnx.checker.check_model(part, full_check=True)
         summary = _compare(module, part, image_size)
         summary["bytes"] = sum(file.stat().st_size for file in part.parent.iterdir())
@@ -66,7 +71,7 @@ def _directory(out: Path) -> Path:
     return out.parent
 
 
-def _trace(module: torch.nn.Module, path: Path, image_size: int) -> None:
+def _trace(module: torch.nn.Module, path: Path, image_size: int, pairing: str) -> None:
     # a batch of 2: torch treats a batch of 1 as a constant
     example = torch.zeros(2, 3, image_size, image_size)
     try:
@@ -89,6 +94,8 @@ def _trace(module: torch.nn.Module, path: Path, image_size: int) -> None:
         ) from error
     assert program is not None  # only with dynamo=False
     _strip(program.model)
+    if pairing:
+        program.model.metadata_props[PAIRING_KEY] = pairing
     weights = program.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     program.save(path, external_data=size > SINGLE_FILE_LIMIT)

@@ -1,5 +1,8 @@
 """What the runtime asks of an inference engine: two protocols, and nothing about formats.
 
+Every artefact carries the pairing hash of the model it belongs to, under `PAIRING_KEY` in its own
+metadata: a vision file and a language file of different models fit by shape and draft nonsense.
+
 A backend module (see `registry.py`) holds `REQUIRES`, `is_available()` and `open(...)`, which
 returns one of these. Both protocols are context managers whose exit is `close()`. Neither is
 thread-safe: one object belongs to one thread at a time.
@@ -18,6 +21,8 @@ from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
 
 Segment: TypeAlias = IntArray | SoftPrompt  # token ids (T,) int32, or embeddings (N, D) float32
 
+PAIRING_KEY = "rx_edge.pairing"
+
 
 class VisionBackend(Protocol):
     """Encoder, pooling and projector in one engine: pixels in, soft prompt out."""
@@ -25,6 +30,11 @@ class VisionBackend(Protocol):
     @property
     def device(self) -> str:
         """Where it runs, as reported by the engine after loading, not as asked for."""
+        ...
+
+    @property
+    def pairing(self) -> str:
+        """The pairing hash inside the file; "" when it has none."""
         ...
 
     def encode(self, images: FloatArray) -> FloatArray:
@@ -85,6 +95,11 @@ class LanguageBackend(Protocol):
     @property
     def device(self) -> str:
         """Where it runs, as reported by the engine after loading, not as asked for."""
+        ...
+
+    @property
+    def pairing(self) -> str:
+        """The pairing hash inside the file; "" when it has none."""
         ...
 
     def prefill(self, segments: Sequence[Segment]) -> FloatArray:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.optional import require
 from rx_edge.types import FloatArray
@@ -87,6 +88,7 @@ class OnnxVision:
         self._session: Any = session
         self._size = int(session.get_inputs()[0].shape[2])
         self.device = device
+        self.pairing = str(session.get_modelmeta().custom_metadata_map.get(PAIRING_KEY, ""))
 
     def encode(self, images: FloatArray) -> FloatArray:
         """float32 (B, 3, S, S) -> float32 (B, N, D)."""

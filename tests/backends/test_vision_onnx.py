@@ -63,7 +63,7 @@ def images(batch: int) -> Any:
 def test_encode(tmp_path: Path, batch: int) -> None:
     with vision_onnx.open(graph(tmp_path / "a.onnx"), threads=1) as backend:
         found = backend.encode(images(batch))
-        assert backend.device == "cpu"
+        assert (backend.device, backend.pairing) == ("cpu", "")
     assert found.dtype == np.float32
     wanted = images(batch).reshape(batch, 3, -1) @ weight_matrix()
     assert np.abs(found - wanted).max() < 1e-5

@@ -298,6 +298,16 @@ def test_metadata(copy: Path, tmp_path: Path) -> None:
     assert not any("time" in key or "date" in key for key in value)
 
 
+def test_pairing_survives_quantisation(llama: Path, tmp_path: Path) -> None:
+    full, small, none = (tmp_path / name for name in ("a.gguf", "q.gguf", "none.gguf"))
+    writer.write(llama, full, dtype="f32", name="tiny", pairing="a" * 64)
+    writer.quantize(full, small, file_type="Q8_0", threads=1)
+    export(llama, none)
+    for path, wanted in ((full, "a" * 64), (small, "a" * 64), (none, "")):
+        with reader.open(path, n_ctx=32, threads=1) as backend:
+            assert backend.pairing == wanted
+
+
 def test_ids_without_a_token_are_padded(tmp_path: Path) -> None:
     directory = tiny_llama_dir(tmp_path / "hf", vocab_size=400)
     export(directory, tmp_path / "a.gguf")

@@ -130,12 +130,15 @@ def test_large_weights_go_to_one_file_beside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writer, "SINGLE_FILE_LIMIT", 100)
-    summary: dict[str, Any] = writer.write(Tiny(), tmp_path / "a.onnx", image_size=4)
+    summary: dict[str, Any] = writer.write(
+        Tiny(), tmp_path / "a.onnx", image_size=4, pairing="b" * 64
+    )
     files = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
     assert sorted(files) == ["a.onnx", "a.onnx.data"]
     assert summary["bytes"] == sum(files.values())
     with reader.open(tmp_path / "a.onnx", threads=1) as backend:
         assert backend.encode(np.ones((1, 3, 4, 4), np.float32)).shape == (1, 3, 4)
+        assert backend.pairing == "b" * 64
     assert capfd.readouterr() == ("", "")
 
 
