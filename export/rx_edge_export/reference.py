@@ -86,6 +86,7 @@ def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> Canary:
         },
         file.with_suffix(".safetensors"),
     )
+    file.with_suffix(".safetensors").chmod(0o644)  # safetensors makes files private
     return Canary(
         name=file.stem,
         file=f"golden/{file.name}",

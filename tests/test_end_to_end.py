@@ -1,0 +1,126 @@
+"""Image file to final text: the tiny model in seconds, the real demo model where marked slow."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rx_edge import image
+from rx_edge.cli import app
+from rx_edge.model.report_model import load_run
+from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.session import open_checked, open_session
+from rx_edge.types import Report
+from rx_edge_bench.latency import measure, run_to_end
+from tests.conftest import DEMO_RUN
+from tests.demo_studies import demo_study
+
+
+def test_draft_equals_the_torch_reference(
+    tiny_run: Path, tiny_bundle: Path, phantom_study: Path
+) -> None:
+    from rx_edge.bundle import open_bundle
+
+    model = load_run(tiny_run)
+    pixels = image.prepare(open_radiograph(phantom_study), model.recipe.image)
+    with torch.inference_mode():
+        soft = model.encoder(torch.from_numpy(pixels))[0]
+    wanted = model.greedy(soft, 24)
+    with open_checked(
+        open_bundle(tiny_bundle), precision="F16", max_new_tokens=24, exact=True
+    ) as session:
+        report = run_to_end(session, phantom_study)
+    assert list(report.token_ids) == wanted
+    assert report.text == model.tokenizer.decode(wanted).strip()
+
+
+def test_the_stream_adds_up_and_counts_its_work(tiny_bundle: Path, phantom_study: Path) -> None:
+    from rx_edge.runtime.pipeline import draft
+
+    with open_session(tiny_bundle, max_new_tokens=20) as session:
+        stream, chunks = draft(session, phantom_study), []
+        while True:
+            try:
+                chunks.append(next(stream))
+            except StopIteration as end:
+                report: Report = end.value
+                break
+        again = run_to_end(session, phantom_study)
+    assert "".join(c.text for c in chunks).strip() == report.text
+    assert tuple(i for c in chunks for i in c.ids) == report.token_ids == again.token_ids
+    assert all(p <= 0 for c in chunks for p in c.logprobs)
+    assert report.timings.new_tokens == len(report.token_ids)
+    assert report.timings.prompt_tokens == len(session.prompt.before) + len(session.prompt.after) + 4
+    assert report.status == "draft"
+    assert "NOT FOR DIAGNOSTIC USE" in report.banner
+    assert report.timings.total >= report.timings.time_to_first_token > 0
+
+
+def test_a_cut_draft_is_flagged(tiny_bundle: Path, phantom_study: Path) -> None:
+    with open_session(tiny_bundle, max_new_tokens=1) as session:
+        report = run_to_end(session, phantom_study)
+    assert report.finish == "length"
+    assert any("limit" in flag for flag in report.flags)
+
+
+def test_both_polarities_give_the_same_draft(tiny_bundle: Path, tmp_path: Path) -> None:
+    from rx_edge_export import phantom
+
+    texts = set()
+    with open_session(tiny_bundle, max_new_tokens=16) as session:
+        for photometric in ("MONOCHROME1", "MONOCHROME2"):
+            study = tmp_path / f"{photometric}.dcm"
+            phantom.write_dicom(study, phantom.display(3), photometric)
+            texts.add(run_to_end(session, study).token_ids)
+    assert len(texts) == 1
+
+
+def test_bench_times_the_same_stream(tiny_bundle: Path, phantom_study: Path) -> None:
+    with open_session(tiny_bundle, max_new_tokens=8) as session:
+        result = measure(session, phantom_study, repeats=3)
+    assert result["work"]["identical_drafts"]
+    assert result["seconds"]["total"]["q1"] <= result["seconds"]["total"]["q3"]
+    assert result["environment"]["cores_allowed"] == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.slow
+def test_demo_drafts_the_same_for_every_encoding_of_a_real_chest(demo_bundle: Path) -> None:
+    runner = CliRunner()
+    texts = []
+    for name in ("RG1_UNCR.dcm", "RG1_J2KI.dcm", "RG1_J2KR.dcm"):
+        result = runner.invoke(
+            app, ["report", str(demo_study(name)), "--bundle", str(demo_bundle), "--json"]
+        )
+        assert result.exit_code == 0, result.stderr
+        texts.append(json.loads(result.stdout)["reports"][0]["text"])
+    assert len(set(texts)) == 1
+    assert texts[0].startswith("Frontal chest radiograph.")
+
+
+@pytest.mark.slow
+def test_demo_bundle_says_what_torch_says(demo_bundle: Path) -> None:
+    model = load_run(DEMO_RUN)
+    study = demo_study("RG1_UNCR.dcm")
+    pixels = image.prepare(open_radiograph(study), model.recipe.image)
+    with torch.inference_mode():
+        soft = model.encoder(torch.from_numpy(pixels))[0]
+    wanted = model.greedy(soft, 32)
+    for precision in ("Q8_0", "F16"):
+        with open_session(demo_bundle, precision=precision, max_new_tokens=32) as session:
+            assert list(run_to_end(session, study).token_ids) == wanted
+            found = session.vision.encode(pixels)[0]
+        assert np.abs(found - soft.numpy()).max() < 1e-3
+
+
+def test_the_published_figures_prove_that_the_image_matters() -> None:
+    """The issue's criterion, on the figures that the model card shows."""
+    figures = json.loads((DEMO_RUN / "metrics.json").read_text("utf-8"))["pairs"]
+    assert figures["view_accuracy"] >= 0.95
+    assert abs(figures["view_accuracy_mean_prompt"] - figures["view_majority_rate"]) < 0.05
+    assert figures["nll_swapped_minus_right"]["low"] > 0
