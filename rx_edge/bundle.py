@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -148,7 +148,9 @@ class Bundle:
             if precision in (None, artifact.precision):
                 return artifact
         have = ", ".join(a.precision for a in self.manifest.language) or "none"
-        raise BundleError(f"{_name(self.root)} no language model of precision {precision!r}; has: {have}")
+        raise BundleError(
+            f"{_name(self.root)} no language model of precision {precision!r}; has: {have}"
+        )
 
 
 def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:
@@ -188,7 +190,9 @@ def check_files(root: Path, files: dict[str, FileEntry]) -> None:
         try:
             found = describe(root / name)
         except OSError as error:
-            raise BundleError(f"{_name(root)} {name}: {error.strerror}; restore the file") from error
+            raise BundleError(
+                f"{_name(root)} {name}: {error.strerror}; restore the file"
+            ) from error
         if found != entry:
             raise BundleError(
                 f"{_name(root)} {name} has sha256 {found.sha256[:8]}... ({found.bytes} bytes), "
@@ -221,9 +225,12 @@ def _parse(root: Path, raw_bytes: bytes) -> Manifest:
             "update rx-edge or export the model again"
         )
     try:
-        return from_mapping(Manifest, raw, where=MANIFEST)
+        manifest = from_mapping(Manifest, raw, where=MANIFEST)
     except ConfigError as error:
         raise BundleError(f"{_name(root)} {error}") from error
+    said = manifest.verification  # a claim of "passed" without passed stages is none
+    passed = said.passed and Verdict.of(list(said.stages)).passed
+    return replace(manifest, verification=replace(said, passed=passed))
 
 
 def _check_inside(root: Path, name: str) -> None:

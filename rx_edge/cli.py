@@ -1,7 +1,7 @@
 """The command line: composes the parts, and is the only module that prints or exits.
 
-Exit codes: 0 done; 1 failed; 2 usage; 3 verification failed or bundle refused. With `--json` one JSON
-document goes to stdout and nothing else; progress and messages go to stderr.
+Exit codes: 0 done; 1 failed; 2 usage; 3 verification failed or bundle refused. With `--json` one
+JSON document goes to stdout and nothing else; progress and messages go to stderr.
 Everything heavy is imported inside a command, so that `--help` stays fast.
 """
 
@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -44,7 +43,7 @@ def _help(setting: str) -> str:
 class _Group(TyperGroup):
     """Turns every `RxEdgeError` into one line on stderr and an exit code."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:  # typer ships a click of its own, without public types
         try:
             return super().invoke(ctx)
         except RxEdgeError as error:
@@ -143,7 +142,9 @@ def models_list(as_json: JsonFlag = False) -> None:
 def train(
     recipe: Annotated[Path, typer.Argument(help="TOML recipe, see rx_edge/train/recipes/")],
     out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/run"),
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a recipe key: key.sub=value")
     ] = None,
@@ -262,7 +263,9 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="bundle directory")] = Path("build/demo-bundle"),
+    out: Annotated[Path, typer.Option("--out", help="bundle directory")] = Path(
+        "build/demo-bundle"
+    ),
     run: Annotated[Path, typer.Option("--run", help="the trained demo model")] = Path(
         "trained_models/demo"
     ),

@@ -53,7 +53,8 @@ def test_importing_stays_light() -> None:
 def test_a_whole_report_leaves_torch_alone(tiny_bundle: Path, phantom_study: Path) -> None:
     code = (
         "import sys; from rx_edge.cli import app\n"
-        f"try: app(['report', {str(phantom_study)!r}, '--bundle', {str(tiny_bundle)!r}, '--json'])\n"
+        f"arguments = [{str(phantom_study)!r}, '--bundle', {str(tiny_bundle)!r}, '--json']\n"
+        "try: app(['report', *arguments])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -56,7 +56,9 @@ def test_the_stream_adds_up_and_counts_its_work(tiny_bundle: Path, phantom_study
     assert tuple(i for c in chunks for i in c.ids) == report.token_ids == again.token_ids
     assert all(p <= 0 for c in chunks for p in c.logprobs)
     assert report.timings.new_tokens == len(report.token_ids)
-    assert report.timings.prompt_tokens == len(session.prompt.before) + len(session.prompt.after) + 4
+    assert (
+        report.timings.prompt_tokens == len(session.prompt.before) + len(session.prompt.after) + 4
+    )
     assert report.status == "draft"
     assert "NOT FOR DIAGNOSTIC USE" in report.banner
     assert report.timings.total >= report.timings.time_to_first_token > 0

@@ -31,7 +31,16 @@ def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", wheel],
+        [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            wheel,
+        ],
         check=True,
         capture_output=True,
     )
@@ -40,7 +49,8 @@ def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:
 
     site = Path(typer.__file__).parents[1]
     code = (
-        f"import sys; sys.path.append({str(site)!r}); import rx_edge, rx_edge_export, rx_edge_bench;"
+        f"import sys; sys.path.append({str(site)!r});"
+        "import rx_edge, rx_edge_export, rx_edge_bench;"
         "assert 'venv' in rx_edge.__file__, rx_edge.__file__;"
         "from rx_edge.cli import app; app(['--version'])"
     )

@@ -11,7 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("rx-edge", "numpy", "onnxruntime", "llama-cpp-python", "tokenizers", "pillow", "pydicom")
+PACKAGES = (
+    "rx-edge",
+    "numpy",
+    "onnxruntime",
+    "llama-cpp-python",
+    "tokenizers",
+    "pillow",
+    "pydicom",
+)
 
 
 def environment() -> dict[str, Any]:

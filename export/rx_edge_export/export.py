@@ -134,14 +134,14 @@ def _language(
     for precision in quant:
         tick(f"language model to GGUF {precision}")
         file = f"llm.{precision}.gguf"
-        if precision in ("F16", "F32"):
+        if precision in _DTYPE:
             details = llm_gguf.write(
                 merged_dir, staged / file, dtype=_DTYPE[precision], name=name, pairing=pairing
             )
         else:
             if not full.exists():
                 llm_gguf.write(merged_dir, full, dtype="f32", name=name, pairing=pairing)
-            details = llm_gguf.quantize(full, staged / file, file_type=precision, threads=0)
+            details = llm_gguf.quantize(full, staged / file, file_type="Q8_0", threads=0)
         made.append(Artifact(file, "llm_gguf", precision, details))
     return tuple(made)
 
@@ -149,12 +149,13 @@ def _language(
 _DTYPE: dict[str, Any] = {"F16": "f16", "F32": "f32"}
 
 
-def _verified(
-    staged: Path, manifest: Manifest, results: list[StageResult], tick: Tick
-) -> Manifest:
+def _verified(staged: Path, manifest: Manifest, results: list[StageResult], tick: Tick) -> Manifest:
     """Verify the staged bundle and write its manifest, or refuse."""
     verdict = Verdict.of(
-        [*results, *verify(Bundle(staged, manifest, ""), lambda what: tick(f"verifying {what}")).stages]
+        [
+            *results,
+            *verify(Bundle(staged, manifest, ""), lambda what: tick(f"verifying {what}")).stages,
+        ]
     )
     if not verdict.passed:
         raise VerificationError(explain(verdict))

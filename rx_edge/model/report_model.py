@@ -92,8 +92,10 @@ class ReportModel(nn.Module):
     @torch.inference_mode()
     def teacher_forced(self, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """Logits (1 + len(ids), V) after the prompt and after each of `ids`."""
-        embeds = torch.cat([self.prompt_embeddings(soft), self.embed(ids)]) if ids else (
-            self.prompt_embeddings(soft)
+        embeds = (
+            torch.cat([self.prompt_embeddings(soft), self.embed(ids)])
+            if ids
+            else (self.prompt_embeddings(soft))
         )
         out: torch.Tensor = self.lm(
             inputs_embeds=embeds[None], use_cache=False, logits_to_keep=len(ids) + 1

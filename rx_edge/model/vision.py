@@ -76,8 +76,9 @@ def load_vision(name: str, image_size: int) -> VisionTower:
     return VisionTower(encoder.eval(), image_size)
 
 
-def _fix_position_embedding(encoder: nn.Module, grid: int, prefix: int, image_size: int) -> None:
+def _fix_position_embedding(encoder: Any, grid: int, prefix: int, image_size: int) -> None:
     embeddings: Any = encoder.embeddings
+    patches_of: Any = embeddings.patch_embeddings
     table: torch.Tensor = embeddings.position_embeddings.detach()  # (1, prefix + n*n, C)
     n = math.isqrt(table.shape[1] - prefix)
     if n != grid:
@@ -90,5 +91,6 @@ def _fix_position_embedding(encoder: nn.Module, grid: int, prefix: int, image_si
         embeddings.position_embeddings = nn.Parameter(table, requires_grad=False)
     # with a matching size the tower adds the table as it is, without interpolating again
     encoder.config.image_size = image_size
-    embeddings.patch_embeddings.image_size = (image_size, image_size)
-    embeddings.patch_embeddings.num_patches = grid * grid
+    embeddings.image_size = (image_size, image_size)  # ViT's own check
+    patches_of.image_size = (image_size, image_size)
+    patches_of.num_patches = grid * grid

@@ -73,9 +73,7 @@ def open_session(
         BackendError: an engine cannot run it.
     """
     bundle = open_bundle(root, allow_unverified=allow_unverified)
-    return open_checked(
-        bundle, precision=precision, max_new_tokens=max_new_tokens, threads=threads
-    )
+    return open_checked(bundle, precision=precision, max_new_tokens=max_new_tokens, threads=threads)
 
 
 def open_checked(

@@ -1,7 +1,7 @@
 """Samples to padded embedding batches, with loss on the report's tokens only.
 
-The order is a pure function of (seed, stage, epoch), so a resumed run sees the same batches. Batches
-hold samples of similar length, to waste little on padding. Sequence packing comes later.
+The order is a pure function of (seed, stage, epoch), so a resumed run sees the same batches.
+Batches hold samples of similar length, to waste little on padding. Sequence packing comes later.
 """
 
 from __future__ import annotations

@@ -71,9 +71,7 @@ def save_progress(
     temporary.replace(directory / "progress.safetensors")
 
 
-def load_progress(
-    directory: Path, model: ReportModel, optimiser: torch.optim.Optimizer
-) -> int:
+def load_progress(directory: Path, model: ReportModel, optimiser: torch.optim.Optimizer) -> int:
     """Restore the last resumable point; 0 when there is none.
 
     Raises:

@@ -60,4 +60,5 @@ class FeatureCache:
             temporary = file.with_suffix(".part")
             save_file({"features": self.tower(pixels)[0].contiguous()}, temporary)
             temporary.replace(file)
-        return load_file(file)["features"]
+        features: torch.Tensor = load_file(file)["features"]
+        return features

@@ -81,9 +81,7 @@ def named_view(text: str) -> str | None:
 
 
 @torch.inference_mode()
-def _soft(
-    model: ReportModel, features: FeatureCache, items: Sequence[Example]
-) -> torch.Tensor:
+def _soft(model: ReportModel, features: FeatureCache, items: Sequence[Example]) -> torch.Tensor:
     paths = [e.sample.image for e in items if e.sample.image is not None]
     return torch.cat([model.projector(features[p][None]) for p in paths])
 

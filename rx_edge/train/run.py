@@ -251,7 +251,7 @@ def _base(name: str, used_digest: str) -> dict[str, Any]:
 
 def _git_commit() -> str:
     result = subprocess.run(
-        ["git", "rev-parse", "HEAD"],  # noqa: S607
+        ["git", "rev-parse", "HEAD"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
@@ -264,7 +264,7 @@ def _short(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def _set(plain: Any, keys: list[str], value: Any, override: str) -> None:
     for key in keys[:-1]:
         try:
             plain = plain[int(key)] if isinstance(plain, list) else plain[key]

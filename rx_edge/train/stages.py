@@ -107,9 +107,7 @@ def run_stage(
     model.eval()
 
 
-def _set_rate(
-    optimiser: torch.optim.Optimizer, stage: StageConfig, step: int, steps: int
-) -> float:
+def _set_rate(optimiser: torch.optim.Optimizer, stage: StageConfig, step: int, steps: int) -> float:
     """Linear warm-up, then cosine down to a tenth."""
     warm = max(1, round(steps * stage.warmup_fraction))
     if step < warm:

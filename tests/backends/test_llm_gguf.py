@@ -11,12 +11,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from rx_edge_export import llm_gguf as writer
 from tokenizers import Tokenizer
 
 from rx_edge.backends import llm_gguf, registry
 from rx_edge.backends.llm_gguf import BATCH, OUTPUTS, GgufLanguage
 from rx_edge.errors import BackendError
+from rx_edge_export import llm_gguf as writer
 from tests.factories import tiny_llama_dir
 
 TOLERANCE = 1e-3  # float32 on both sides; about 1e-5 is reached

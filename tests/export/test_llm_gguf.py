@@ -11,13 +11,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from rx_edge_export import gguf_tokenizer
-from rx_edge_export import llm_gguf as writer
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from rx_edge.backends import llm_gguf as reader
 from rx_edge.errors import ExportError
+from rx_edge_export import gguf_tokenizer
+from rx_edge_export import llm_gguf as writer
 from tests.factories import tiny_llama_dir
 
 IDS = np.arange(3, 60, dtype=np.int32)

@@ -160,10 +160,13 @@ def test_nan_in_a_soft_prompt_is_refused(tiny_bundle: Path) -> None:
             session.language.prefill([soft])
 
 
-def test_exporting_twice_gives_the_same_bytes(tiny_run: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_exporting_twice_gives_the_same_bytes(
+    tiny_run: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
     export(tiny_run, tmp_path / "again")
     first, second = (
-        json.loads((root / MANIFEST).read_text("utf-8")) for root in (tiny_bundle, tmp_path / "again")
+        json.loads((root / MANIFEST).read_text("utf-8"))
+        for root in (tiny_bundle, tmp_path / "again")
     )
     first.pop("created"), second.pop("created")
     assert first == second

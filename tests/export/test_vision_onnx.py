@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from rx_edge_export import vision_onnx as writer
 
 from rx_edge.backends import vision_onnx as reader
 from rx_edge.config import ModelConfig
@@ -21,6 +20,7 @@ from rx_edge.errors import ExportError
 from rx_edge.model.projector import Projector
 from rx_edge.model.report_model import SoftPromptEncoder
 from rx_edge.model.vision import load_vision
+from rx_edge_export import vision_onnx as writer
 from tests.factories import IMAGE_SIZE, tiny_vit_dir
 
 ROOT = Path(__file__).parents[2]

@@ -26,6 +26,8 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
         ConfigError: a line is not a JSON object with the keys above.
     """
     file = path / "pairs.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ConfigError(f"{str(file)!r} is missing: no image-text pairs")
     samples, dropped = [], Counter[str]()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -33,7 +35,7 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
             image, split = file.parent / "images" / row["image"], row["split"]
             view = _VIEWS.get(row.get("view") or "")
             sentences, patient = imaging_sentences(row["report"]), str(row["patient"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{file}:{number}: not an image-text pair: {error!r}") from error
         if split not in SPLITS:
             raise ConfigError(f"{file}:{number}: split {split!r}; valid: {', '.join(SPLITS)}")

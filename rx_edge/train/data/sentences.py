@@ -24,8 +24,9 @@ _NOT_THIS_IMAGE = re.compile(
     r"|fever|cough|dyspn|symptom|saturat|SpO|\bPCR\b|swab|antibod|serolog|positive|negative for"
     r"|\bday\b|\bdays\b|\bweeks?\b|\bmonths?\b|january|february|march|april|\b20[12]\d\b|died|death"
     r"|diagnos|surg|biops|culture|bronchoscop|leukocyt|lymph|blood|laborator|\bfig|arrow|\([a-f]\)"
-    r"|covid|corona|sars|\bvirus|case |follow.?up|previous|prior|compar|improve|progress|resol|chang"
-    r"|develop|crepitat|crackle|breath|victim|later\b|initial|serial|suspect|suggest|consistent with|compatible|due to|likely|https?:",
+    r"|covid|corona|sars|\bvirus|case |follow.?up|previous|prior|compar|improve|progress"
+    r"|resol|chang|develop|crepitat|crackle|breath|victim|later\b|initial|serial|suspect|suggest"
+    r"|consistent with|compatible|due to|likely|https?:",
     re.IGNORECASE,
 )
 
@@ -54,6 +55,10 @@ def imaging_sentences(text: str) -> list[str]:
         showed = _SHOWED.search(body)
         if showed:
             body = re.sub(r"^(?:that|the presence of)\s+", "", showed["finding"].strip()) + "."
-        if 2 <= len(body.split()) <= 40 and _IMAGING.search(body) and not _NOT_THIS_IMAGE.search(body):
+        if (
+            2 <= len(body.split()) <= 40
+            and _IMAGING.search(body)
+            and not _NOT_THIS_IMAGE.search(body)
+        ):
             kept.append(body[0].upper() + body[1:])
     return kept

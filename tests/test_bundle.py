@@ -1,0 +1,117 @@
+"""Every reason to refuse a bundle, on hand-made ones. Real bundles: tests/test_end_to_end.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rx_edge.bundle import MANIFEST, Artifact, StageResult, Verdict, open_bundle, pairing_hash
+from rx_edge.errors import BundleError
+
+STAGE = {"stage": "pixels", "metric": "max", "value": 0.0, "tolerance": 1.0, "passed": True}
+
+
+def make(root: Path, **changes: Any) -> Path:
+    """A verified bundle of one file, with top-level manifest keys replaced."""
+    content = b"weights"
+    root.mkdir(exist_ok=True)
+    (root / "llm.gguf").write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    manifest = {
+        "schema": 1,
+        "name": "tiny",
+        "files": {"llm.gguf": entry},
+        "language": [{"file": "llm.gguf", "format": "gguf", "precision": "F16"}],
+        "verification": {"passed": True, "stages": [STAGE]},
+    }
+    (root / MANIFEST).write_text(json.dumps(manifest | changes))
+    return root
+
+
+def test_sound_bundle_opens(tmp_path: Path) -> None:
+    bundle = open_bundle(make(tmp_path))
+    assert bundle.path("llm.gguf").read_bytes() == b"weights"
+    assert bundle.language() == bundle.language("F16") == Artifact("llm.gguf", "gguf", "F16")
+    assert bundle.digest == hashlib.sha256((tmp_path / MANIFEST).read_bytes()).hexdigest()
+    with pytest.raises(BundleError, match="no language model of precision 'Q8_0'; has: F16"):
+        bundle.language("Q8_0")
+
+
+def test_unlisted_file_is_not_handed_out(tmp_path: Path) -> None:
+    bundle = open_bundle(make(tmp_path))
+    (tmp_path / "extra.bin").touch()
+    with pytest.raises(BundleError, match=r"'extra.bin' is not listed"):
+        bundle.path("extra.bin")
+
+
+def test_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="cannot be read .*rx-edge export"):
+        open_bundle(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"7", b"\xff\xff"])
+def test_damaged_manifest(tmp_path: Path, content: bytes) -> None:
+    (make(tmp_path) / MANIFEST).write_bytes(content)
+    with pytest.raises(BundleError, match=r"manifest\.json is damaged"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"schema": 2}, "schema is 2, this rx-edge reads 1; update rx-edge"),
+        ({"verificaton": {}}, "unknown key 'verificaton'; did you mean 'verification'"),
+        ({"soft_tokens": "64"}, "soft_tokens is '64'; int is expected"),
+        ({"files": {"absent.bin": {}}}, "absent.bin: No such file"),
+        ({"files": {"llm.gguf": {"sha256": "00", "bytes": 7}}}, "llm.gguf has sha256"),
+        ({"files": {"../x": {}}}, "'../x', which is outside"),
+        ({"files": {"a/../../x": {}}}, "outside"),
+        ({"files": {"/etc/hostname": {}}}, "outside"),
+        ({"files": {"..\\x": {}}}, "outside"),
+    ],
+)
+def test_wrong_manifest(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+    make(tmp_path, **changes)
+    with pytest.raises(BundleError, match=says):
+        open_bundle(tmp_path, allow_unverified=True)
+
+
+@pytest.mark.parametrize("content", [b"wEights", b"weights!", b"weight", b""])
+def test_changed_bytes(tmp_path: Path, content: bytes) -> None:
+    (make(tmp_path) / "llm.gguf").write_bytes(content)
+    with pytest.raises(BundleError, match=rf"llm.gguf .*\({len(content)} bytes\).*\(7 bytes\)"):
+        open_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "verification",
+    [
+        {},
+        {"passed": False, "stages": [STAGE]},
+        {"passed": True, "stages": []},
+        {"passed": True, "stages": [STAGE, STAGE | {"passed": False}]},
+    ],
+)
+def test_unverified_needs_to_be_allowed(tmp_path: Path, verification: dict[str, Any]) -> None:
+    make(tmp_path, verification=verification)
+    with pytest.raises(BundleError, match="no passing verification .*--allow-unverified"):
+        open_bundle(tmp_path)
+    assert open_bundle(tmp_path, allow_unverified=True).manifest.name == "tiny"
+
+
+def test_verdict() -> None:
+    good, bad = StageResult("pixels", passed=True), StageResult("greedy_tokens")
+    assert not Verdict.of([]).passed
+    assert Verdict.of([good]).passed
+    assert not Verdict.of([good, bad]).passed
+    assert Verdict.of([good, bad]).failures() == [bad]
+
+
+def test_pairing_depends_on_every_part_and_not_on_their_order() -> None:
+    parts = {"encoder": "a", "lm": "b"}
+    assert pairing_hash(parts) == pairing_hash({"lm": "b", "encoder": "a"})
+    assert pairing_hash(parts) != pairing_hash({"encoder": "b", "lm": "a"})
