@@ -33,7 +33,7 @@ from rx_edge.types import FloatArray
 from rx_edge_export.atomic import replacing
 from rx_edge_export.gguf_tokenizer import add_tokenizer
 
-FileType = Literal["Q8_0"]
+QUANTISED = ("Q8_0",)  # file types that `quantize` makes
 _DTYPES: dict[str, tuple[type[np.floating[Any]], gguf.LlamaFileType]] = {
     "f32": (np.float32, gguf.LlamaFileType.ALL_F32),
     "f16": (np.float16, gguf.LlamaFileType.MOSTLY_F16),
@@ -108,21 +108,24 @@ def write(
     }
 
 
-def quantize(src: Path, out: Path, *, file_type: FileType, threads: int) -> dict[str, Any]:
+def quantize(src: Path, out: Path, *, file_type: str, threads: int) -> dict[str, Any]:
     """Quantise a float GGUF with llama.cpp.
 
     The histogram is read from the result: rows whose length does not fit a block are stored
     in another type without a warning.
 
     Args:
+        file_type: one of `QUANTISED`.
         threads: CPU threads; 0 = all.
 
     Returns:
         {"bytes", "tensor_types": {type: count}}.
 
     Raises:
-        ExportError: llama.cpp refused; its reason is in the message.
+        ExportError: unknown file type, or llama.cpp refused; its reason is in the message.
     """
+    if file_type not in QUANTISED:
+        raise ExportError(f"file_type is {file_type!r}; valid: {', '.join(map(repr, QUANTISED))}")
     if not src.is_file():
         raise ExportError(f"{str(src)!r} does not exist; write the float GGUF first")
     api = engine()

@@ -35,8 +35,8 @@ REQUIRES = ("llama_cpp",)
 
 BATCH = 512  # tokens per llama_decode; more than n_batch aborts the process
 OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
-# SmolLM2-135M Q8_0, 2 AVX2 cores: on / off within noise (best prefill of 114 tokens 523 / 540 ms,
-# best step 19.0 / 18.8 ms). On, because it keeps no attention matrix and is llama.cpp's own choice.
+# SmolLM2-135M Q8_0, 2 AVX2 cores under load: on / off within noise (best prefill of 114 tokens
+# 523 / 540 ms, best step 19.0 / 18.8 ms). On, as llama.cpp's own `auto` chooses.
 FLASH_ATTENTION = True
 
 _NO_ROOM = 1  # llama_decode: no KV slot was found

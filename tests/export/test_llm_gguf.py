@@ -156,6 +156,8 @@ def test_quantize_reports_llama_cpps_reason(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="does not exist"):
         writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q8_0", threads=1)
     (tmp_path / "a").write_bytes(b"GGUF but not really")
+    with pytest.raises(ExportError, match="file_type is 'Q4_K_M'; valid: 'Q8_0'"):
+        writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q4_K_M", threads=1)
     with pytest.raises(ExportError, match=r"could not quantise .* to Q8_0: \w+"):
         writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q8_0", threads=1)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
