@@ -39,6 +39,7 @@ from rx_edge.train.features import FeatureCache
 from rx_edge.train.grounding import prove
 from rx_edge.train.stages import run_stage
 
+_RESERVED = ("final", "features")  # directories of the run that are no stages
 Progress = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
@@ -101,7 +102,19 @@ def _check(recipe: TrainRecipe, path: Path) -> None:
     names = [s.name for s in recipe.stages]
     if "" in names or len(set(names)) != len(names):
         raise ConfigError(f"{path}: every stage needs a name of its own, got {names}")
+    if recipe.checkpoint_every < 1:
+        raise ConfigError(f"{path}: checkpoint_every is {recipe.checkpoint_every}; at least 1")
     for stage in recipe.stages:
+        if not stage.name.replace("-", "").replace("_", "").isalnum() or stage.name in _RESERVED:
+            raise ConfigError(
+                f"{path}: stage name {stage.name!r} must be letters, digits, '-' or '_', and "
+                f"none of {', '.join(_RESERVED)}: it names a directory of the run"
+            )
+        if stage.batch_size < 1 or not 0 < stage.epochs < float("inf"):
+            raise ConfigError(
+                f"{path}: stage {stage.name!r} has batch_size {stage.batch_size} and epochs "
+                f"{stage.epochs}; batch_size >= 1 and epochs > 0 are needed"
+            )
         unknown = [d for d in stage.data if d not in recipe.data]
         if unknown or not stage.data:
             raise ConfigError(
@@ -199,7 +212,8 @@ def _measure(
     out: dict[str, Any] = {}
     for name, corpus in corpora.items():
         held = [e for s in ("val", "test") for e in _examples(model, corpora, [name], s)]
-        if held and all(e.sample.image for e in held):
+        provable = len({e.sample.patient for e in held}) > 1 and any(e.sample.view for e in held)
+        if provable and all(e.sample.image for e in held):
             progress(f"measuring on {name}", 0, 1, "")
             train_items = _examples(model, corpora, [name], "train")
             figures = prove(model, train_items, held, features, model.recipe.seed)

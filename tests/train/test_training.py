@@ -276,3 +276,21 @@ def test_run_files_name_no_machine_and_no_study(
 )
 def test_named_view(text: str, view: str | None) -> None:
     assert named_view(text) == view
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.name=final", "names a directory"),
+        ("stages.0.name=../x", "names a directory"),
+        ("stages.0.batch_size=0", "batch_size >= 1"),
+        ("stages.0.epochs=0.0", "epochs > 0"),
+        ("checkpoint_every=0", "at least 1"),
+    ],
+)
+def test_values_that_would_fail_late_are_refused_early(
+    tiny_recipe: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_recipe, tmp_path / "run", overrides=[override])
+    assert not (tmp_path / "run").exists()
