@@ -299,10 +299,10 @@ def _export_demo(run: Path, out: Path, canary: Path) -> None:
     """Export unless `out` already is the export of exactly this run."""
     from rx_edge.bundle import open_bundle
     from rx_edge_export.export import export as run_export
-    from rx_edge_export.export import run_digest
+    from rx_edge_export.export import export_digest
 
     try:
-        if open_bundle(out).manifest.lineage.get("run_sha256") == run_digest(run):
+        if open_bundle(out).manifest.lineage.get("export_sha256") == export_digest(run):
             _say(f"{out}: up to date")
             return
     except BundleError as error:
@@ -346,19 +346,10 @@ def _report_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any
 
 def _print_verdict(verdict: Verdict, *, only_worst: bool = False) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("stage", "artefact", "canary", "value", "allowed", "", title="verification")
-    shown = list(verdict.stages)
-    if only_worst:  # of each stage and artefact
-        ordered = sorted(verdict.stages, key=lambda s: s.value)
-        shown = list({(s.stage, s.artifact): s for s in ordered}.values())
-    for s in shown:
-        table.add_row(
-            s.stage, s.artifact, Path(s.canary).name, f"{s.value:.2e}", f"{s.tolerance:.2g}",
-            "ok" if s.passed else "FAILED",
-        )  # fmt: skip
-    Console().print(table)
+    from rx_edge.display import verdict_table
+
+    Console().print(verdict_table(verdict, only_worst=only_worst))
     if not verdict.passed:
         raise VerificationError("the bundle is not the trained model: see the failed stages")
 

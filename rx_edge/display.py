@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from rx_edge.bundle import Verdict
+
+
+def verdict_table(verdict: Verdict, *, only_worst: bool = False) -> Any:
+    """One row per comparison, or only the worst of each stage and artefact."""
+    from rich.table import Table
+
+    table = Table("stage", "artefact", "canary", "value", "allowed", "", title="verification")
+    shown = list(verdict.stages)
+    if only_worst:
+        ordered = sorted(verdict.stages, key=lambda s: (not s.passed, s.value))
+        shown = list({(s.stage, s.artifact): s for s in ordered}.values())
+    for s in shown:
+        result = "ok" if s.passed else "FAILED"
+        value, allowed = f"{s.value:.2e}", f"{s.tolerance:.2g}"
+        table.add_row(s.stage, s.artifact, Path(s.canary).name, value, allowed, result)
+    return table
 
 
 def timings_table(timings: dict[str, Any]) -> Any:

@@ -47,6 +47,7 @@ INTENDED_USE = (
     "Drafting of chest-radiograph reports for review by a radiologist. Not a medical device, not "
     "for diagnostic use."
 )
+_RUN_FILES = ("recipe.toml", "run.json", "metrics.json", "data_manifest.json", "MODEL_CARD.md")
 Tick = Callable[[str], None]
 
 
@@ -85,12 +86,18 @@ def export(
     return manifest
 
 
-def run_digest(run: Path) -> str:
-    """sha256 over everything of a run that decides what is exported, and over this code."""
-    digest = hashlib.sha256(rx_edge.__version__.encode())
-    for path in [run / "recipe.toml", *sorted((run / "final").rglob("*"))]:
+def export_digest(run: Path) -> str:
+    """sha256 over all that decides an export: the run's files and the code of both packages.
+
+    A bundle with another digest is stale, also where only the exporter changed.
+    """
+    code = [Path(rx_edge.__file__).parent, Path(__file__).parent]
+    files = [path for root in code for path in root.rglob("*.py")]
+    files += [run / name for name in _RUN_FILES] + list((run / "final").rglob("*"))
+    digest = hashlib.sha256()
+    for path in sorted(files):
         if path.is_file():
-            digest.update(describe(path).sha256.encode())
+            digest.update(f"{path.name} {describe(path).sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -232,7 +239,7 @@ def _lineage(run: Path, model: ReportModel) -> dict[str, Any]:
                 "llama-cpp-python")  # fmt: skip
     data_manifest = _read_json(run / "data_manifest.json")
     return {
-        "run_sha256": run_digest(run),
+        "export_sha256": export_digest(run),
         "recipe": to_mapping(model.recipe),
         "training": _read_json(run / "run.json"),
         "metrics": _read_json(run / "metrics.json"),

@@ -8,11 +8,13 @@ cannot hide in its own golden vector. They are not radiographs and look like non
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from rx_edge.types import FloatArray
+
+Photometric: TypeAlias = Literal["MONOCHROME1", "MONOCHROME2"]
 
 LEVELS = 4095  # 12 bits stored; display values are multiples of 1 / LEVELS
 ROWS, COLUMNS = 480, 400  # not square, so that padding is exercised
@@ -38,9 +40,7 @@ def display(seed: int) -> FloatArray:
     return levels / np.float32(LEVELS)
 
 
-def write_dicom(
-    path: Path, pixels: FloatArray, photometric: Literal["MONOCHROME1", "MONOCHROME2"]
-) -> None:
+def write_dicom(path: Path, pixels: FloatArray, photometric: Photometric) -> None:
     """Write `pixels` as a CR image whose full window (PS3.3 C.11.2.1.2) maps back to them.
 
     UIDs and dates are fixed, so that two exports write the same bytes.

@@ -25,7 +25,10 @@ from rx_edge_export import phantom
 
 GREEDY_TOKENS = 32
 # both polarities, so that one of them exposes a reader that inverts never or always
-_PHANTOMS = (("phantom-mono1", 1, "MONOCHROME1"), ("phantom-mono2", 2, "MONOCHROME2"))
+_PHANTOMS: tuple[tuple[str, int, phantom.Photometric], ...] = (
+    ("phantom-mono1", 1, "MONOCHROME1"),
+    ("phantom-mono2", 2, "MONOCHROME2"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> lis
     canaries = []
     for name, seed, photometric in _PHANTOMS:
         file, pixels = directory / f"{name}.dcm", phantom.display(seed)
-        phantom.write_dicom(file, pixels, photometric)  # type: ignore[arg-type]
+        phantom.write_dicom(file, pixels, photometric)
         # from the known display values, not through the DICOM reader that is to be tested
         known = Radiograph(pixels, image.pixel_sha256(pixels))
         canaries.append(_write(model, file, image.prepare(known, model.recipe.image)))

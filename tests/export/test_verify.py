@@ -17,7 +17,7 @@ from rx_edge.errors import BackendError, BundleError, UsageError, VerificationEr
 from rx_edge.runtime.session import open_session
 from rx_edge_export import export as export_module
 from rx_edge_export import llm_gguf, merge_lora
-from rx_edge_export.export import export
+from rx_edge_export.export import export, export_digest
 from rx_edge_export.verify import verify
 
 
@@ -189,3 +189,23 @@ def test_no_path_of_this_machine_is_in_a_bundle(tiny_bundle: Path) -> None:
             content = json.dumps(manifest).encode()
         assert str(tiny_bundle.parent).encode() not in content
         assert b"site-packages" not in content
+
+
+def test_a_stale_bundle_is_noticed(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights, another card, or other code: the digest that the demo compares changes."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    digests = {export_digest(run)}
+    assert digests == {export_digest(tiny_run)}
+    (run / "MODEL_CARD.md").write_text("a card", encoding="utf-8")
+    digests.add(export_digest(run))
+    weights = run / "final" / "projector.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    digests.add(export_digest(run))
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "export.py").write_text("changed", encoding="utf-8")
+    monkeypatch.setattr(export_module, "__file__", str(tmp_path / "code" / "export.py"))
+    digests.add(export_digest(run))
+    assert len(digests) == 4
