@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -57,13 +60,58 @@ def tiny_llama_dir(path: Path, *, seed: int = 0, tied: bool = True, **config: An
     }
     model = _seeded(LlamaForCausalLM, LlamaConfig(**settings | config), seed)
     model.save_pretrained(path)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-    ).save_pretrained(path)
+    _save_tokenizer(tokenizer, path)
+    return path
+
+
+def tiny_gpt2_dir(path: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A GPT-2 of 2 layers, width 64 and 4 heads, with the tokenizer of `tiny_llama_dir`."""
+    tokenizer = _bpe_tokenizer()
+    settings: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "n_positions": 1024,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": 0.2,
+        "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+    }
+    model = _seeded(GPT2LMHeadModel, GPT2Config(**settings | config), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zero in a fresh model: a lost one would not be noticed
+                torch.nn.init.normal_(parameter, 0.0, 0.2)
+    model.save_pretrained(path)
+    _save_tokenizer(tokenizer, path)
+    return path
+
+
+def sentencepiece_files(path: Path) -> Path:
+    """tokenizer.model, and tokenizer.json as transformers converts it; 384 pieces."""
+    import sentencepiece
+
+    path.mkdir(parents=True)
+    with (path / "tokenizer.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(SENTENCES * 20),
+            model_writer=model,
+            vocab_size=384,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    (path / "config.json").write_text('{"model_type": "llama"}', "utf-8")
+    (path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}', "utf-8"
+    )
+    AutoTokenizer.from_pretrained(path).save_pretrained(path)
+    (path / "config.json").unlink()
     return path
 
 
@@ -80,6 +128,16 @@ def tiny_vit_dir(path: Path, *, seed: int = 0) -> Path:
     )
     _seeded(Dinov2Model, config, seed).save_pretrained(path)
     return path
+
+
+def _save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    ).save_pretrained(path)
 
 
 def _bpe_tokenizer() -> Tokenizer:

@@ -36,7 +36,7 @@ from rx_edge.config import to_mapping
 from rx_edge.errors import UsageError, VerificationError
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_run
-from rx_edge_export import llm_gguf, tolerances, vision_onnx
+from rx_edge_export import gguf_quantize, llm_gguf, tolerances, vision_onnx
 from rx_edge_export.atomic import replacing
 from rx_edge_export.merge_lora import merge
 from rx_edge_export.reference import Canary, write_canaries
@@ -148,7 +148,7 @@ def _language(
         else:
             if not full.exists():
                 llm_gguf.write(merged_dir, full, dtype="f32", name=name, pairing=pairing)
-            details = llm_gguf.quantize(full, staged / file, file_type="Q8_0", threads=0)
+            details = gguf_quantize.quantize(full, staged / file, file_type="Q8_0", threads=0)
         made.append(Artifact(file, "llm_gguf", precision, details))
     return tuple(made)
 

@@ -1,4 +1,4 @@
-"""tokenizer.json (byte-level BPE) -> the tokenizer metadata of a GGUF file.
+"""tokenizer.json (byte-level BPE or SentencePiece BPE) -> the tokenizer metadata of a GGUF file.
 
 llama.cpp has no general pre-tokenizer: it knows a list of named ones ("smollm", "qwen2", ...),
 and the wrong name splits text differently without any error. So the name is read off the
@@ -6,13 +6,18 @@ pre-tokenizer's own definition in tokenizer.json, and a definition that is not i
 below is refused. The runtime feeds ids from tokenizer.json anyway; the metadata serves stock
 llama.cpp and the check that both tokenizers agree.
 
-Does not cover: SentencePiece and WordPiece tokenizers (refused), the `lstrip`/`rstrip` flags of
-added tokens and Unicode normalisation, which GGUF cannot express.
+A SentencePiece tokenizer of which the original `tokenizer.model` is there must also agree with
+that one: the fast conversion of OpenLLaMA's was wrong upstream.
+
+Does not cover: Unigram and WordPiece tokenizers (refused), the `lstrip`/`rstrip` flags of added
+tokens and Unicode normalisation, which GGUF cannot express. SentencePiece text that *begins*
+with a space gets one space more in llama.cpp than in Hugging Face's tokenizer.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,9 @@ import gguf
 from tokenizers import Tokenizer
 
 from rx_edge.errors import ExportError
+from rx_edge_export import gguf_sentencepiece
+
+SENTENCEPIECE = "sentencepiece"  # returned in place of a pre-tokenizer's name
 
 _BYTES = ("ByteLevel", "prefix_space=False", "regex=False")
 _GPT2 = ("ByteLevel", "prefix_space=False", "regex=True")
@@ -60,19 +68,26 @@ def add_tokenizer(writer: Any, model_dir: Path, vocab_size: int) -> str:
     if not path.is_file():
         raise ExportError(
             f"{str(model_dir)!r} has no tokenizer.json; save it with a fast tokenizer"
-            " (SentencePiece tokenizer.model files are not supported yet)"
         )
     spec = json.loads(path.read_text(encoding="utf-8"))
-    pre = pre_tokenizer(spec)
-    tokens, types = _tokens(spec, vocab_size)
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for every byte-level BPE
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    merges = spec["model"]["merges"]  # "a b" in old files, ["a", "b"] since tokenizers 0.20
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    if spec["model"].get("byte_fallback"):
+        pre = _add_sentencepiece(writer, spec, model_dir, vocab_size)
+    else:
+        pre = pre_tokenizer(spec)
+        tokens, types = _tokens(spec, vocab_size)
+        writer.add_tokenizer_model("gpt2")  # llama.cpp's name for every byte-level BPE
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges([f"{a} {b}" for a, b in _merges(spec)])
     _add_special_tokens(writer, model_dir, path)
     return pre
+
+
+def _merges(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs in order of rank: "a b" in old files, ["a", "b"] since tokenizers 0.20."""
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"])
+    return [(a, b) for a, b in pairs]
 
 
 def pre_tokenizer(spec: dict[str, Any]) -> str:
@@ -82,11 +97,10 @@ def pre_tokenizer(spec: dict[str, Any]) -> str:
         ExportError: no byte-level BPE, or one that llama.cpp would split differently.
     """
     model = spec["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
+    if model["type"] != "BPE":
         raise ExportError(
-            f"tokenizer.json holds a {model['type']} model"
-            f"{' with byte_fallback (SentencePiece)' if model.get('byte_fallback') else ''}; "
-            "only byte-level BPE can be exported yet"
+            f"tokenizer.json holds a {model['type']} model; only byte-level BPE and SentencePiece "
+            "BPE can be exported to GGUF"
         )
     steps = tuple(_steps(spec.get("pre_tokenizer") or {"type": "none"}))
     name = PRE_TOKENIZERS.get(steps)
@@ -141,6 +155,66 @@ def _tokens(spec: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
             )
         tokens[i], types[i] = text, int(kind)
     return tokens, types
+
+
+def _add_sentencepiece(writer: Any, spec: dict[str, Any], model_dir: Path, vocab: int) -> str:
+    """A SentencePiece BPE: pieces and scores; the rank of a merge is the score of its result."""
+    prefix = _space_prefix(spec)
+    if (model_dir / "tokenizer.model").is_file():
+        gguf_sentencepiece.compare(model_dir)
+    tokens, types = _tokens(spec, vocab)
+    scores = [0.0] * vocab
+    ids: dict[str, int] = spec["model"]["vocab"]
+    made: set[str] = set()
+    for rank, (a, b) in enumerate(_merges(spec)):
+        if a + b not in made:  # several pairs can give one piece; the first one decides
+            made.add(a + b)
+            scores[ids[a + b]] = -float(rank)
+    added = {t["content"] for t in spec["added_tokens"]}
+    for text, i in ids.items():
+        if text in added:
+            continue
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            types[i] = int(gguf.TokenType.BYTE)
+        elif len(text) > 1 and text not in made:
+            raise ExportError(
+                f"tokenizer.json: no merge makes the piece {text!r}, but llama.cpp would make it "
+                "from its parts; convert tokenizer.model again"
+            )
+        elif len(text) == 1:
+            scores[i] = -float(len(made) + i)  # below every merge
+    unknown = spec["model"].get("unk_token") or "<unk>"
+    if unknown in ids:
+        types[ids[unknown]] = int(gguf.TokenType.UNKNOWN)
+    writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_add_space_prefix(prefix)
+    return SENTENCEPIECE
+
+
+def _space_prefix(spec: dict[str, Any]) -> bool:
+    """Whether a text gets a space in front.
+
+    Raises:
+        ExportError: the tokenizer splits or normalises in a way that llama.cpp does not.
+    """
+    normalizer, pre = spec.get("normalizer"), spec.get("pre_tokenizer")
+    steps = (normalizer or {}).get("normalizers", [])
+    legacy = [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    if steps == legacy and pre is None:
+        return True
+    if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
+        return bool(pre["prepend_scheme"] != "never")
+    raise ExportError(
+        f"tokenizer.json: normalizer {normalizer} with pre_tokenizer {pre} is not how "
+        "SentencePiece BPE works in llama.cpp; convert tokenizer.model again"
+    )
 
 
 def _add_special_tokens(writer: Any, model_dir: Path, path: Path) -> None:

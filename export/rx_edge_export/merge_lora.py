@@ -21,6 +21,13 @@ from rx_edge.model.report_model import ReportModel
 from rx_edge_export import tolerances
 from rx_edge_export.reference import Canary
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
 
 def merge(model: ReportModel, out: Path, canaries: Sequence[Canary]) -> list[StageResult]:
     """Merge, compare with the unmerged logits, and write a Hugging Face directory.
@@ -37,7 +44,7 @@ def merge(model: ReportModel, out: Path, canaries: Sequence[Canary]) -> list[Sta
     results = [_compare(model, canary) for canary in canaries]
     model.lm.save_pretrained(out)
     source = model.tokenizer_path.parent
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     if not (out / "tokenizer.json").is_file():

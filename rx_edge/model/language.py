@@ -55,8 +55,14 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         ModelError: a target name matches no layer of this LM.
     """
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored as (in, out)
 
-    names = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linear = {
+        n.rpartition(".")[2]: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    }
+    names = set(linear)
     unknown = sorted(set(settings.targets) - names)
     if unknown:
         raise ModelError(
@@ -70,6 +76,7 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
             lora_dropout=settings.dropout,
             target_modules=sorted(settings.targets),
             task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(linear[t], Conv1D) for t in settings.targets),
         ),
     )
 

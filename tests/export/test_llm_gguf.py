@@ -1,68 +1,22 @@
-"""Llama directory -> GGUF: same numbers, same bytes, and no silent loss."""
+"""Llama and GPT-2 directories -> GGUF: same numbers, same bytes, and no silent loss."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from rx_edge.backends import llm_gguf as reader
 from rx_edge.errors import ExportError
-from rx_edge_export import gguf_tokenizer
+from rx_edge_export import gguf_quantize
 from rx_edge_export import llm_gguf as writer
-from tests.factories import tiny_llama_dir
-
-IDS = np.arange(3, 60, dtype=np.int32)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama_dir(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture
-def copy(llama: Path, tmp_path: Path) -> Path:
-    """A copy of the model directory that a test may damage."""
-    target = tmp_path / "hf"
-    target.mkdir()
-    for file in llama.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = json.loads(path.read_text("utf-8"))
-    change(data)
-    path.write_text(json.dumps(data), "utf-8")
-
-
-def export(directory: Path, out: Path, dtype: Any = "f32") -> dict[str, Any]:
-    return writer.write(directory, out, dtype=dtype, name="tiny")
-
-
-def gguf_logits(path: Path) -> Any:
-    with reader.open(path, n_ctx=128, threads=1, exact=True) as backend:
-        return backend.step(IDS)
-
-
-def torch_logits(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        return model(torch.from_numpy(IDS).long()[None]).logits[0].numpy()
-
-
-def distance(a: Any, b: Any) -> float:
-    return float(np.abs(a - b).max())
+from tests.export.gguf_helpers import distance, edit, export, gguf_logits, torch_logits
+from tests.factories import tiny_gpt2_dir, tiny_llama_dir
 
 
 @pytest.mark.parametrize(
@@ -81,7 +35,7 @@ def test_logits_equal_transformers(tmp_path: Path, overrides: dict[str, Any]) ->
     summary = export(directory, tmp_path / "a.gguf")
     assert distance(gguf_logits(tmp_path / "a.gguf"), torch_logits(directory)) < 1e-3
     assert summary["tied_embeddings"] == overrides.get("tied", True)
-    assert summary["tensor_types"] == writer.tensor_types(tmp_path / "a.gguf")
+    assert summary["tensor_types"] == gguf_quantize.tensor_types(tmp_path / "a.gguf")
     assert summary["tensor_types"] == {"F32": 20 + (not summary["tied_embeddings"])}
     assert summary["bytes"] == (tmp_path / "a.gguf").stat().st_size
 
@@ -121,7 +75,7 @@ def test_sharded_weights_give_the_same_file(llama: Path, copy: Path, tmp_path: P
 def test_the_same_directory_gives_the_same_bytes(llama: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         export(llama, tmp_path / f"{name}.gguf", "f16")
-        writer.quantize(
+        gguf_quantize.quantize(
             tmp_path / f"{name}.gguf", tmp_path / f"{name}.q8", file_type="Q8_0", threads=1
         )
     for suffix in ("gguf", "q8"):
@@ -134,33 +88,6 @@ def test_factory_is_deterministic(llama: Path, tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in llama.iterdir()} == {
         p.name: p.read_bytes() for p in again.iterdir()
     }
-
-
-def test_q8_0_is_close_and_reports_real_types(llama: Path, tmp_path: Path) -> None:
-    export(llama, tmp_path / "a.gguf")
-    summary = writer.quantize(tmp_path / "a.gguf", tmp_path / "q.gguf", file_type="Q8_0", threads=1)
-    assert summary["tensor_types"] == {"F32": 5, "Q8_0": 15}
-    assert summary["bytes"] < (tmp_path / "a.gguf").stat().st_size / 2
-    wanted, found = torch_logits(llama), gguf_logits(tmp_path / "q.gguf")
-    assert 1e-3 < np.abs(found - wanted).mean() < 0.1 * wanted.std()
-
-
-def test_rows_that_fit_no_block_are_visible(tmp_path: Path) -> None:
-    directory = tiny_llama_dir(tmp_path / "hf", intermediate_size=72)  # not a multiple of 32
-    export(directory, tmp_path / "a.gguf")
-    summary = writer.quantize(tmp_path / "a.gguf", tmp_path / "q.gguf", file_type="Q8_0", threads=1)
-    assert summary["tensor_types"] == {"F16": 2, "F32": 5, "Q8_0": 13}
-
-
-def test_quantize_reports_llama_cpps_reason(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="does not exist"):
-        writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q8_0", threads=1)
-    (tmp_path / "a").write_bytes(b"GGUF but not really")
-    with pytest.raises(ExportError, match="file_type is 'Q4_K_M'; valid: 'Q8_0'"):
-        writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q4_K_M", threads=1)
-    with pytest.raises(ExportError, match=r"could not quantise .* to Q8_0: \w+"):
-        writer.quantize(tmp_path / "a", tmp_path / "q", file_type="Q8_0", threads=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -228,62 +155,6 @@ def test_missing_weights_and_directory(copy: Path, tmp_path: Path) -> None:
         export(copy, tmp_path / "a.gguf")
 
 
-def byte_level(regex: bool) -> Any:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
-
-
-def split(numbers: str) -> Any:
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers
-    ) + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-
-
-PRE_TOKENIZERS = {
-    "gpt-2": byte_level(True),
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level(True)]),
-    "qwen2": pre_tokenizers.Sequence([split(r"\p{N}"), byte_level(False)]),
-    "llama-bpe": pre_tokenizers.Sequence([split(r"\p{N}{1,3}"), byte_level(False)]),
-}
-
-
-@pytest.mark.parametrize("name", PRE_TOKENIZERS)
-def test_pre_tokenizer_is_recognised_and_splits_alike(
-    copy: Path, tmp_path: Path, name: str
-) -> None:
-    path = copy / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.pre_tokenizer = PRE_TOKENIZERS[name]
-    tokenizer.save(str(path))
-    edit(path, lambda spec: spec["model"].update(ignore_merges=name == "llama-bpe"))
-    assert export(copy, tmp_path / "a.gguf")["tokenizer_pre"] == name
-    tokenizer = Tokenizer.from_file(str(path))
-    with reader.open(tmp_path / "a.gguf", n_ctx=32, threads=1) as backend:
-        for text in ("In 2024 the heart's size", "don't  DON'T\n\n 12345.678 cm ", "µm ≥3 é\r\n"):
-            assert backend.tokenize(text) == tokenizer.encode(text).ids
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda s: s["model"].update(byte_fallback=True), "byte_fallback"),
-        (lambda s: s["model"].update(type="Unigram"), "Unigram"),
-        (lambda s: s["model"].update(ignore_merges=True), "ignore_merges is True"),
-        (lambda s: s.update(pre_tokenizer=None), "pre_tokenizer .*none"),
-        (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "Whitespace"),
-        (lambda s: s["pre_tokenizer"]["pretokenizers"].reverse(), "pre_tokenizer"),
-        (lambda s: s.update(normalizer={"type": "NFKC"}), "normalizer 'NFKC'"),
-    ],
-)
-def test_other_tokenizers_are_refused(
-    llama: Path, change: Callable[[dict[str, Any]], object], message: str
-) -> None:
-    spec = json.loads((llama / "tokenizer.json").read_text("utf-8"))
-    change(spec)
-    with pytest.raises(ExportError, match=message):
-        gguf_tokenizer.pre_tokenizer(spec)
-
-
 def test_metadata(copy: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
     edit(copy / "config.json", lambda config: config.update(unknown_to_us=1))
@@ -300,19 +171,45 @@ def test_metadata(copy: Path, tmp_path: Path) -> None:
     assert not any("time" in key or "date" in key for key in value)
 
 
-def test_pairing_survives_quantisation(llama: Path, tmp_path: Path) -> None:
-    full, small, none = (tmp_path / name for name in ("a.gguf", "q.gguf", "none.gguf"))
-    writer.write(llama, full, dtype="f32", name="tiny", pairing="a" * 64)
-    writer.quantize(full, small, file_type="Q8_0", threads=1)
-    export(llama, none)
-    for path, wanted in ((full, "a" * 64), (small, "a" * 64), (none, "")):
-        with reader.open(path, n_ctx=32, threads=1) as backend:
-            assert backend.pairing == wanted
-
-
 def test_ids_without_a_token_are_padded(tmp_path: Path) -> None:
     directory = tiny_llama_dir(tmp_path / "hf", vocab_size=400)
     export(directory, tmp_path / "a.gguf")
     with reader.open(tmp_path / "a.gguf", n_ctx=64, threads=1, exact=True) as backend:
         assert backend.n_vocab == 400
     assert distance(gguf_logits(tmp_path / "a.gguf"), torch_logits(directory)) < 1e-3
+
+
+@pytest.mark.parametrize("n_inner", [None, 96])
+def test_gpt2_logits_equal_transformers(tmp_path: Path, n_inner: int | None) -> None:
+    directory = tiny_gpt2_dir(tmp_path / "hf", n_inner=n_inner)
+    summary = export(directory, tmp_path / "a.gguf")
+    assert summary["tensor_types"] == {"F32": 28}
+    wanted = torch_logits(directory)
+    # llama.cpp looks GELU up in a float16 table
+    assert distance(gguf_logits(tmp_path / "a.gguf"), wanted) < 1e-3 * np.abs(wanted).max()
+
+
+def test_gpt2_embeddings_get_their_positions(tmp_path: Path) -> None:
+    """A soft prompt is not looked up, but must get position embeddings all the same."""
+    directory = tiny_gpt2_dir(tmp_path / "hf")
+    export(directory, tmp_path / "a.gguf")
+    ids = np.arange(3, 60, dtype=np.int32)
+    table = load_file(directory / "model.safetensors")["transformer.wte.weight"].numpy()
+    with reader.open(tmp_path / "a.gguf", n_ctx=128, threads=1, exact=True) as backend:
+        found = backend.prefill([ids[:5], table[ids[5:40]], ids[40:]])
+        assert distance(found, torch_logits(directory)[-1]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "relu"),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_gpt2_config_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    directory = tiny_gpt2_dir(tmp_path / "hf")
+    edit(directory / "config.json", lambda config: config.update({key: value}))
+    with pytest.raises(ExportError, match=f"{key} is {value!r}"):
+        export(directory, tmp_path / "a.gguf")
