@@ -26,7 +26,7 @@ from rx_edge.config import (
 )
 from rx_edge.errors import BundleError, ConfigError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 
@@ -54,6 +54,11 @@ class Artifact:
     precision: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What the user calls it: "gguf:Q8_0", "onnx:int8"."""
+        return f"{self.format.partition('_')[2]}:{self.precision}"
+
 
 @dataclass(frozen=True)
 class StageResult:
@@ -77,15 +82,19 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a verification. No stages is not a pass."""
+    """The outcome of a verification. No stages is not a pass.
+
+    `notes` says what could not be checked on that machine, and where it is checked instead.
+    """
 
     passed: bool = False
     stages: tuple[StageResult, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(stages: list[StageResult]) -> Verdict:
+    def of(stages: list[StageResult], notes: tuple[str, ...] = ()) -> Verdict:
         """Passed only if something was compared and everything passed."""
-        return Verdict(bool(stages) and all(s.passed for s in stages), tuple(stages))
+        return Verdict(bool(stages) and all(s.passed for s in stages), tuple(stages), notes)
 
     def failures(self) -> list[StageResult]:
         """The stages that failed."""
@@ -94,7 +103,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, schema 1."""
+    """manifest.json, schema 2."""
 
     schema: int = SCHEMA
     name: str = ""
@@ -108,8 +117,9 @@ class Manifest:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     soft_tokens: int = 0  # N
     width: int = 0  # D_lm
-    vision: Artifact = field(default_factory=Artifact)
+    vision: tuple[Artifact, ...] = ()  # the first one is the default
     language: tuple[Artifact, ...] = ()  # the first one is the default
+    stock: tuple[Artifact, ...] = ()  # for other engines only: the runtime never opens them
     tokenizer: str = "tokenizer.json"
     canaries: tuple[str, ...] = ()
     lineage: dict[str, Any] = field(default_factory=dict)
@@ -138,19 +148,32 @@ class Bundle:
             raise BundleError(f"{_name(self.root)} {name!r} is not listed in {MANIFEST}: not read")
         return self.root / name
 
-    def language(self, precision: str | None = None) -> Artifact:
-        """The language artefact of that precision, or the default one.
+    def vision(self, choice: str | Artifact | None = None) -> Artifact:
+        """The vision artefact "onnx:int8" (or "int8": the first of that precision).
 
         Raises:
-            BundleError: the bundle has none of that precision.
+            BundleError: the bundle has none of that name.
         """
-        for artifact in self.manifest.language:
-            if precision in (None, artifact.precision):
+        return self._choose("vision", self.manifest.vision, choice)
+
+    def language(self, choice: str | Artifact | None = None) -> Artifact:
+        """The language artefact "gguf:Q8_0" (or "Q8_0": the first of that precision).
+
+        Raises:
+            BundleError: the bundle has none of that name.
+        """
+        return self._choose("language", self.manifest.language, choice)
+
+    def _choose(
+        self, half: str, artifacts: tuple[Artifact, ...], choice: str | Artifact | None
+    ) -> Artifact:
+        if isinstance(choice, Artifact):
+            return choice
+        for artifact in artifacts:
+            if choice in (None, artifact.name, artifact.precision):
                 return artifact
-        have = ", ".join(a.precision for a in self.manifest.language) or "none"
-        raise BundleError(
-            f"{_name(self.root)} no language model of precision {precision!r}; has: {have}"
-        )
+        have = ", ".join(a.name for a in artifacts) or "none"
+        raise BundleError(f"{_name(self.root)} no {half} model {choice!r}; has: {have}")
 
 
 def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:

@@ -149,6 +149,39 @@ class TrainRecipe:
     stages: tuple[StageConfig, ...] = field(default_factory=tuple)
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """What `rx-edge export` makes. One TOML file, see rx_edge_export/recipes/."""
+
+    vision: tuple[str, ...] = _option(
+        ("onnx:fp32",), "vision artefacts, the default one first: onnx:fp32, tensorrt:fp16 ..."
+    )
+    language: tuple[str, ...] = _option(
+        ("gguf:Q8_0", "gguf:F16"), "language artefacts, the default one first: gguf:Q4_K_M ..."
+    )
+    stock: bool = _option(
+        False, "also write mmproj.gguf, with which stock llama.cpp runs the GGUF language models"
+    )
+    n_ctx: int = _option(1024, "KV-cache length in tokens that the bundle is planned for")
+    memory_gb: float = _option(
+        0.0, "refuse a default pair that needs more memory at run time; 0 = no limit"
+    )
+    calibration: str = _option(
+        "", "pairs.jsonl with real studies; empty = variations of the canary studies"
+    )
+    studies: int = _option(50, "studies to calibrate on, and as many others to compare drafts on")
+    imatrix: Literal["multimodal", "text", "none"] = _option(
+        "multimodal",
+        "importance matrix of quantised GGUFs: from soft prompts and reports, reports only, none",
+    )
+    reduce_range: Literal["auto", "yes", "no"] = _option(
+        "auto", "7-bit weights in onnx:int8; auto = where this CPU has no VNNI"
+    )
+    llm_exporter: Literal["rx-edge", "optimum"] = _option(
+        "rx-edge", "who converts the language model to ONNX; optimum needs its own environment"
+    )
+
+
 def load_toml(path: Path, cls: type[T]) -> T:
     """Read a TOML recipe into `cls`.
 
@@ -191,6 +224,36 @@ def to_mapping(config: Any) -> dict[str, Any]:
     """Plain JSON-ready data of a config dataclass; the inverse of `from_mapping`."""
     plain: dict[str, Any] = _listed(dataclasses.asdict(config))
     return plain
+
+
+def override(config: T, changes: Sequence[str], *, where: str) -> T:
+    """`config` with "key.sub=value" changes applied; values are TOML, a bare word is a string.
+
+    Raises:
+        ConfigError: unknown key, wrong type, or a change that is not key=value.
+    """
+    plain = to_mapping(config)
+    for change in changes:
+        key, equals, text = change.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {change!r}: expected key=value")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        _set(plain, key.split("."), value, change)
+    return from_mapping(type(config), plain, where=where)
+
+
+def _set(plain: Any, keys: list[str], value: Any, change: str) -> None:
+    for key in keys[:-1]:
+        try:
+            plain = plain[int(key)] if isinstance(plain, list) else plain[key]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ConfigError(f"--set {change!r}: there is no {key!r} in the recipe") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"--set {change!r}: {keys[-1]!r} is no key there")
+    plain[keys[-1]] = value
 
 
 def _listed(value: Any) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rx_edge.bundle import Verdict
+
+if TYPE_CHECKING:
+    from rx_edge_export.plan import Plan
 
 
 def verdict_table(verdict: Verdict, *, only_worst: bool = False) -> Any:
@@ -36,3 +39,21 @@ def timings_table(timings: dict[str, Any]) -> Any:
     for stage in ("read", "prepare", "vision", "prefill", "decode", "time_to_first_token", "total"):
         table.add_row(stage, f"{timings[stage] * 1e3:.1f}", work.get(stage, ""))
     return table
+
+
+def plan_tables(plan: Plan) -> list[Any]:
+    """What would be made, and what the export and the running bundle need."""
+    from rich.table import Table
+
+    made = Table("artefact", "file", "on disk, MB", "running, MB", title="what would be made")
+    for row in plan.rows:
+        made.add_row(row.name, row.file, f"{row.disk / 1e6:,.1f}", f"{row.memory / 1e6:,.0f}")
+    needs = Table("what", "needs, GB", "has, GB", title="what it takes")
+    has_memory = f"{plan.memory_free / 1e9:.1f}" if plan.memory_free else "?"
+    needs.add_row("disk for the export", f"{plan.export_disk / 1e9:.1f}",
+                  f"{plan.disk_free / 1e9:.1f}")  # fmt: skip
+    needs.add_row("memory for the export", f"{plan.export_memory / 1e9:.1f}", has_memory)
+    needs.add_row("memory of the default pair, running", f"{plan.run_memory / 1e9:.2f}", "")
+    needs.add_row("of that the KV cache", f"{plan.kv_cache / 1e9:.3f}", "")
+    needs.add_row("time for the export (rough)", f"{plan.export_seconds / 60:.1f} min", "")
+    return [made, needs]

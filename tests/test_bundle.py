@@ -22,10 +22,10 @@ def make(root: Path, **changes: Any) -> Path:
     (root / "llm.gguf").write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     manifest = {
-        "schema": 1,
+        "schema": 2,
         "name": "tiny",
         "files": {"llm.gguf": entry},
-        "language": [{"file": "llm.gguf", "format": "gguf", "precision": "F16"}],
+        "language": [{"file": "llm.gguf", "format": "llm_gguf", "precision": "F16"}],
         "verification": {"passed": True, "stages": [STAGE]},
     }
     (root / MANIFEST).write_text(json.dumps(manifest | changes))
@@ -35,9 +35,14 @@ def make(root: Path, **changes: Any) -> Path:
 def test_sound_bundle_opens(tmp_path: Path) -> None:
     bundle = open_bundle(make(tmp_path))
     assert bundle.path("llm.gguf").read_bytes() == b"weights"
-    assert bundle.language() == bundle.language("F16") == Artifact("llm.gguf", "gguf", "F16")
+    assert (
+        bundle.language()
+        == bundle.language("F16")
+        == bundle.language("gguf:F16")
+        == Artifact("llm.gguf", "llm_gguf", "F16")
+    )
     assert bundle.digest == hashlib.sha256((tmp_path / MANIFEST).read_bytes()).hexdigest()
-    with pytest.raises(BundleError, match="no language model of precision 'Q8_0'; has: F16"):
+    with pytest.raises(BundleError, match="no language model 'Q8_0'; has: gguf:F16"):
         bundle.language("Q8_0")
 
 
@@ -63,7 +68,7 @@ def test_damaged_manifest(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema": 2}, "schema is 2, this rx-edge reads 1; update rx-edge"),
+        ({"schema": 1}, "schema is 1, this rx-edge reads 2; update rx-edge"),
         ({"verificaton": {}}, "unknown key 'verificaton'; did you mean 'verification'"),
         ({"soft_tokens": "64"}, "soft_tokens is '64'; int is expected"),
         ({"files": {"absent.bin": {}}}, "absent.bin: No such file"),

@@ -33,7 +33,7 @@ def test_draft_equals_the_torch_reference(
         soft = model.encoder(torch.from_numpy(pixels))[0]
     wanted = model.greedy(soft, 24)
     with open_checked(
-        open_bundle(tiny_bundle), precision="F16", max_new_tokens=24, exact=True
+        open_bundle(tiny_bundle), language="F16", max_new_tokens=24, exact=True
     ) as session:
         report = run_to_end(session, phantom_study)
     assert list(report.token_ids) == wanted
@@ -114,7 +114,7 @@ def test_demo_bundle_says_what_torch_says(demo_bundle: Path) -> None:
         soft = model.encoder(torch.from_numpy(pixels))[0]
     wanted = model.greedy(soft, 32)
     for precision in ("Q8_0", "F16"):
-        with open_session(demo_bundle, precision=precision, max_new_tokens=32) as session:
+        with open_session(demo_bundle, language=precision, max_new_tokens=32) as session:
             assert list(run_to_end(session, study).token_ids) == wanted
             found = session.vision.encode(pixels)[0]
         assert np.abs(found - soft.numpy()).max() < 1e-3

@@ -1,29 +1,33 @@
-"""Golden vectors: what the trained model (torch, fp32, adapter unmerged) says of canary studies.
+"""What the trained model (torch, fp32, adapter unmerged) says: golden vectors and drafts.
 
 Each canary is an image file plus `<name>.safetensors`: the image tensor, soft prompt, prefill
 logits with and without the adapter, and the greedy tokens with the margin of each. `verify.py`
-compares a bundle with them on any machine, without torch.
+compares a bundle with them on any machine, without torch. Drafts of calibration studies stay on
+the exporting machine: their images may not be passed on.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from rx_edge import image
 from rx_edge.errors import UsageError
-from rx_edge.model.report_model import ReportModel
+from rx_edge.model.report_model import ReportModel, greedy_batch
 from rx_edge.radiograph import open_radiograph
-from rx_edge.types import ImageTensor, Radiograph
+from rx_edge.types import FloatArray, ImageTensor, Radiograph
 from rx_edge_export import phantom
+from rx_edge_export.calibration import Study
+from rx_edge_export.golden import DRAFT_TOKENS, Drafts, golden_file
 
 GREEDY_TOKENS = 32
+BATCH = 8  # calibration studies at once
 # both polarities, so that one of them exposes a reader that inverts never or always
 _PHANTOMS: tuple[tuple[str, int, phantom.Photometric], ...] = (
     ("phantom-mono1", 1, "MONOCHROME1"),
@@ -33,17 +37,28 @@ _PHANTOMS: tuple[tuple[str, int, phantom.Photometric], ...] = (
 
 @dataclass(frozen=True)
 class Canary:
-    """One golden study. `file` names the image, `golden` the vectors, both inside the bundle."""
+    """One golden study: its image file inside the bundle, and what merging is compared with."""
 
-    name: str
     file: str
-    golden: str
     soft_prompt: torch.Tensor  # (N, D)
     logits: torch.Tensor  # (V,)
 
 
-def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> list[Canary]:
+def read_canaries(root: Path, files: Sequence[str]) -> list[Canary]:
+    """Read back what `write_canaries` wrote."""
+    found = []
+    for file in files:
+        vectors = load_file(root / golden_file(file))
+        soft, logits = (torch.from_numpy(vectors[k]) for k in ("soft_prompt", "logits"))
+        found.append(Canary(file, soft, logits))
+    return found
+
+
+def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> list[str]:
     """Write phantoms and `extra` studies with their golden vectors below `root`/golden.
+
+    Returns:
+        The image files, relative to `root`.
 
     Raises:
         UsageError: two extra studies share a name.
@@ -57,19 +72,21 @@ def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> lis
         phantom.write_dicom(file, pixels, photometric)
         # from the known display values, not through the DICOM reader that is to be tested
         known = Radiograph(pixels, image.pixel_sha256(pixels))
-        canaries.append(_write(model, file, image.prepare(known, model.recipe.image)))
+        _write(model, file, image.prepare(known, model.recipe.image))
+        canaries.append(f"golden/{file.name}")
     for study in extra:
         file = directory / study.name
         if file.exists():
             raise UsageError(f"canary {study.name!r} is named twice")
         shutil.copyfile(study, file)
         radiograph = open_radiograph(file)
-        canaries.append(_write(model, file, image.prepare(radiograph, model.recipe.image)))
+        _write(model, file, image.prepare(radiograph, model.recipe.image))
+        canaries.append(f"golden/{file.name}")
     return canaries
 
 
 @torch.inference_mode()
-def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> Canary:
+def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> None:
     soft = model.encoder(torch.from_numpy(pixels))[0]
     tokens = model.greedy(soft, GREEDY_TOKENS)
     logits = model.teacher_forced(soft, tokens)  # (1 + T, V)
@@ -90,10 +107,25 @@ def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> Canary:
         file.with_suffix(".safetensors"),
     )
     file.with_suffix(".safetensors").chmod(0o644)  # safetensors makes files private
-    return Canary(
-        name=file.stem,
-        file=f"golden/{file.name}",
-        golden=f"golden/{file.stem}.safetensors",
-        soft_prompt=soft,
-        logits=logits[0],
+
+
+def draft(
+    model: ReportModel, studies: Sequence[Study], tick: Callable[[int], None] = lambda _: None
+) -> Drafts:
+    """Draft every study, several at a time."""
+    soft: list[FloatArray] = []
+    said: list[tuple[list[int], list[float]]] = []
+    for first in range(0, len(studies), BATCH):
+        pixels = np.concatenate([s.pixels for s in studies[first : first + BATCH]])
+        with torch.inference_mode():
+            encoded = model.encoder(torch.from_numpy(pixels))
+        soft.append(encoded.numpy())
+        said += greedy_batch(model, encoded, DRAFT_TOKENS)
+        tick(len(said))
+    return Drafts(
+        names=tuple(s.name for s in studies),
+        pixels=np.concatenate([s.pixels for s in studies]),
+        soft_prompts=np.concatenate(soft),
+        tokens=tuple(tuple(ids) for ids, _ in said),
+        margins=tuple(tuple(margins) for _, margins in said),
     )

@@ -13,10 +13,28 @@ MERGE = 1e-3  # max abs logit difference of merged and unmerged, relative to the
 TOKENIZER = 0.0  # texts whose ids differ
 ADAPTER = 0.2  # KL(trained || bundle) / KL(trained || base LM): 0 has the adapter, 1 lost it
 
-SOFT_PROMPT = {"fp32": 1e-3}  # max abs difference relative to the largest number
-PREFILL_KL = {"F32": 1e-5, "F16": 1e-4, "Q8_0": 3e-2}  # nats, KL(trained || bundle)
+# length of the difference / length of the soft prompt (Euclidean, over all N x D numbers)
+SOFT_PROMPT = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.15, "fp8": 0.2}
+# | length of the soft prompt / length of the trained one - 1 |: a wrong scale is no noise
+SOFT_PROMPT_SCALE = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.02, "fp8": 0.03}
+# nats, KL(trained || bundle) after the prompt, the trained soft prompt given
+PREFILL_KL = {
+    "F32": 1e-5, "F16": 1e-4, "Q8_0": 3e-2, "Q6_K": 5e-2, "Q5_K_M": 0.1, "Q4_K_M": 0.2,
+    "IQ4_NL": 0.3, "fp32": 1e-5, "fp16": 1e-4, "int8": 3e-2, "int4": 0.3,
+}  # fmt: skip
 # a greedy token may differ only where the trained model itself hardly prefers its own (logits)
-TOKEN_MARGIN = {"F32": 0.05, "F16": 0.1, "Q8_0": 0.75}
+TOKEN_MARGIN = {
+    "F32": 0.05, "F16": 0.1, "Q8_0": 0.75, "Q6_K": 1.0, "Q5_K_M": 1.25, "Q4_K_M": 1.75,
+    "IQ4_NL": 2.0, "fp32": 0.05, "fp16": 0.1, "int8": 0.75, "int4": 2.0,
+}  # fmt: skip
+# the same, where another vision artefact feeds the default language model
+VISION_MARGIN = {"fp32": 0.05, "fp16": 0.1, "int8": 1.5, "fp8": 2.0}
+# changed facts per study (negation, side, finding; each on its own), of at least 50 studies,
+# where the trained model was not undecided itself (`verify_drafts.TIE`)
+FACTS = {
+    "F32": 0.0, "F16": 0.0, "Q8_0": 0.02, "Q6_K": 0.04, "Q5_K_M": 0.08, "Q4_K_M": 0.2,
+    "IQ4_NL": 0.3, "fp32": 0.0, "fp16": 0.0, "int8": 0.1, "int4": 0.4, "fp8": 0.1,
+}  # fmt: skip
 
 
 def limit(table: dict[str, float], precision: str) -> float:

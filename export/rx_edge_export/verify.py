@@ -1,65 +1,89 @@
 """`rx-edge verify`: is this bundle, on this machine, the model that was trained?
 
 Staged and fail-closed, in the data's order, so that the first failing stage names the fault:
-pixels -> soft prompt -> tokenizer -> prefill logits -> adapter -> greedy tokens. Each is compared
-with golden vectors of the fp32 model with its adapter unmerged. Pixels to logits run with exact
-arithmetic, so that conversion faults stand out; greedy tokens run exactly as production does.
+pixels -> soft prompt -> tokenizer -> prefill logits -> adapter -> greedy tokens -> facts. Each is
+compared with what the fp32 model with its adapter unmerged said. Pixels to logits run with exact
+arithmetic, so that conversion faults stand out; greedy tokens and drafts run exactly as
+production does. Every language artefact is tested behind the default vision artefact, and every
+other vision artefact before the default language artefact.
 
-Does not cover: hashes (`rx_edge.bundle`, before this) and clinical facts in long drafts.
+Whole drafts are compared at export only: their images stay on the exporting machine.
+
+Does not cover: hashes (`rx_edge.bundle`, before this), and whether the trained model is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from rx_edge import image
+from rx_edge.backends import registry
 from rx_edge.bundle import Artifact, Bundle, StageResult, Verdict
 from rx_edge.errors import VerificationError
 from rx_edge.prompting import encode, layout
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.session import Session, open_checked
-from rx_edge.types import FloatArray
+from rx_edge.types import FloatArray, ImageTensor
 from rx_edge_export import tolerances
+from rx_edge_export.golden import Drafts, golden_file
 from rx_edge_export.tolerances import limit
+from rx_edge_export.verify_drafts import compare
 
 # whitespace, casing, digits, punctuation, accents, wrappers: where tokenizer conversions break
 AWKWARD = (
-    "No pneumothorax.", "  two  spaces\n\nand lines\t", "5.5 cm, T12; 1,024", "<img></img>",
+    "No pneumothorax.", "x  two  spaces\n\nand lines\t", "5.5 cm, T12; 1,024", "<img></img>",
     "<|im_start|>user\nfindings<|im_end|>", "cardiomégalie — œdème ≥ 3", "XXXX x-ray'S don't",
 )  # fmt: skip
+Golden = Mapping[str, Mapping[str, Any]]
+Tick = Callable[[str], None]
 
 
-def verify(bundle: Bundle, tick: Callable[[str], None] = lambda _: None) -> Verdict:
+def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = None) -> Verdict:
     """Run every stage for every artefact of a bundle whose files are already checked.
+
+    Args:
+        drafts: the trained model's drafts of calibration studies; None leaves out "facts".
 
     Raises:
         VerificationError: the bundle holds nothing to compare with.
         BackendError, BundleError: an engine refuses the bundle; it did not pass.
     """
     manifest = bundle.manifest
-    if not manifest.canaries or not manifest.language:
+    if not manifest.canaries or not manifest.language or not manifest.vision:
         raise VerificationError(
-            f"bundle {str(bundle.root)!r} holds no canaries or no language model; export it again"
+            f"bundle {str(bundle.root)!r} holds no canaries or lacks half of the model; "
+            "export it again"
         )
-    golden = {name: load_file(bundle.path(_golden_file(name))) for name in manifest.canaries}
-    results: list[StageResult] = []
-    for number, artifact in enumerate(manifest.language):
-        tick(f"{artifact.precision}: exact")
-        with open_checked(bundle, precision=artifact.precision, exact=True) as session:
-            if number == 0:
-                results += _vision_stages(session, golden)
+    golden = {name: load_file(bundle.path(golden_file(name))) for name in manifest.canaries}
+    pixels = {
+        name: image.prepare(open_radiograph(bundle.path(name)), manifest.image) for name in golden
+    }
+    results = _pixels(manifest.vision[0], pixels, golden)
+    notes: list[str] = []
+    runnable = []
+    for artifact in manifest.vision:
+        eyes, note = _on_this_machine(artifact)
+        notes += [note] if note else []
+        runnable.append(eyes)
+    for number, mouth in enumerate(manifest.language):
+        tick(f"verifying {mouth.file}: exact")
+        with open_checked(bundle, vision=runnable[0], language=mouth, exact=True) as session:
             results.append(_tokenizer(session))
             for name, vectors in golden.items():
-                results += _logit_stages(session, name, vectors)
-        tick(f"{artifact.precision}: as in production")
-        with open_checked(bundle, precision=artifact.precision) as session:
-            for name, vectors in golden.items():
-                results.append(_greedy_tokens(session, name, vectors))
-    return Verdict.of(results)
+                results += _logits(session, name, vectors)
+        for eyes in runnable if number == 0 else runnable[:1]:
+            tick(f"verifying {eyes.file} + {mouth.file}: as in production")
+            with open_checked(bundle, vision=eyes, language=mouth) as session:
+                first = eyes is runnable[0]
+                if number == 0:
+                    results += _soft_prompts(session, golden)
+                results += _production(session, pixels, golden, drafts, of_vision=not first)
+    return Verdict.of(results, tuple(notes))
 
 
 def kl_divergence(reference: FloatArray, found: FloatArray) -> float:
@@ -68,53 +92,116 @@ def kl_divergence(reference: FloatArray, found: FloatArray) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
-def _golden_file(canary: str) -> str:
-    return canary.rpartition(".")[0] + ".safetensors"
+def _on_this_machine(artifact: Artifact) -> tuple[Artifact, str]:
+    """TensorRT needs the hospital's GPU; elsewhere ONNX Runtime computes the same graph."""
+    if artifact.format != "vision_tensorrt":
+        return artifact, ""
+    reason = registry.load(artifact.format).is_available()
+    if reason is None:
+        return artifact, ""
+    return replace(artifact, format="vision_onnx"), (
+        f"{artifact.name}: no engine can run here ({reason}); its ONNX was compared through ONNX "
+        "Runtime, and the engine is compared with the golden vectors when it is first opened"
+    )
 
 
-def _vision_stages(session: Session, golden: dict[str, dict[str, Any]]) -> list[StageResult]:
-    manifest = session.bundle.manifest
+def _pixels(
+    artifact: Artifact, pixels: Mapping[str, ImageTensor], golden: Golden
+) -> list[StageResult]:
+    return [
+        _result("pixels", artifact.file, name, "max",
+                _max_difference(pixels[name], vectors["pixels"]), tolerances.PIXELS)
+        for name, vectors in golden.items()
+    ]  # fmt: skip
+
+
+def soft_prompt_errors(found: FloatArray, wanted: FloatArray) -> tuple[float, float]:
+    """(length of the difference / length, |ratio of lengths - 1|) of two soft prompts (N, D)."""
+    if found.shape != wanted.shape:
+        return float("inf"), float("inf")
+    length = float(np.linalg.norm(wanted))
+    difference = float(np.linalg.norm(found - wanted)) / length
+    return difference, abs(float(np.linalg.norm(found)) / length - 1.0)
+
+
+def _soft_prompts(session: Session, golden: Golden) -> list[StageResult]:
+    artifact = session.vision_artifact
+    noise = limit(tolerances.SOFT_PROMPT, artifact.precision)
+    scale = limit(tolerances.SOFT_PROMPT_SCALE, artifact.precision)
     results = []
     for name, vectors in golden.items():
-        radiograph = open_radiograph(session.bundle.path(name))
-        pixels = image.prepare(radiograph, manifest.image)
-        distance = _max_difference(pixels, vectors["pixels"])
-        results.append(_result("pixels", manifest.vision, name, "max", distance, tolerances.PIXELS))
         found = session.vision.encode(vectors["pixels"])[0]
-        wanted = vectors["soft_prompt"]
-        error = _max_difference(found, wanted) / float(np.abs(wanted).max())
-        tolerance = limit(tolerances.SOFT_PROMPT, manifest.vision.precision)
-        results.append(_result("soft_prompt", manifest.vision, name, "max", error, tolerance))
+        difference, ratio = soft_prompt_errors(found, vectors["soft_prompt"])
+        results += [
+            _result("soft_prompt", artifact.file, name, "relative difference", difference, noise),
+            _result("soft_prompt_scale", artifact.file, name, "|ratio - 1|", ratio, scale),
+        ]
     return results
 
 
 def _tokenizer(session: Session) -> StageResult:
+    prompt = session.bundle.manifest.prompt
+    texts = [*AWKWARD, *prompt.template.split("{image}"), prompt.image_begin, prompt.image_end]
     wrong = sum(
-        session.language.tokenize(text) != encode(session.tokenizer, text) for text in AWKWARD
+        session.language.tokenize(text) != encode(session.tokenizer, text) for text in texts
     )
-    return _result("tokenizer", session.artifact, "", "texts", float(wrong), tolerances.TOKENIZER)
+    return _result(
+        "tokenizer", session.artifact.file, "", "texts", float(wrong), tolerances.TOKENIZER
+    )
 
 
-def _logit_stages(session: Session, name: str, vectors: dict[str, Any]) -> list[StageResult]:
-    artifact = session.artifact
+def _logits(session: Session, name: str, vectors: Mapping[str, Any]) -> list[StageResult]:
+    file = session.artifact.file
     session.language.rewind(0)
     found = session.language.prefill(layout(session.prompt, vectors["soft_prompt"]))
     wanted = vectors["logits"]
     distance = kl_divergence(wanted, found)
     of_adapter = kl_divergence(wanted, vectors["logits_without_adapter"])
-    tolerance = limit(tolerances.PREFILL_KL, artifact.precision)
+    tolerance = limit(tolerances.PREFILL_KL, session.artifact.precision)
     # an adapter that changes nothing cannot be told from a lost one: that is a failure too
     share = distance / of_adapter if of_adapter > 0 else float("inf")
     return [
-        _result("prefill_logits", artifact, name, "kl", distance, tolerance),
-        _result("adapter", artifact, name, "share of the adapter's KL", share, tolerances.ADAPTER),
+        _result("prefill_logits", file, name, "kl", distance, tolerance),
+        _result("adapter", file, name, "share of the adapter's KL", share, tolerances.ADAPTER),
     ]
 
 
-def _greedy_tokens(session: Session, name: str, vectors: dict[str, Any]) -> StageResult:
+def _production(
+    session: Session,
+    pixels: Mapping[str, ImageTensor],
+    golden: Golden,
+    drafts: Drafts | None,
+    *,
+    of_vision: bool,
+) -> list[StageResult]:
+    """The whole path; `of_vision` says which half is on trial."""
+    artifact = session.vision_artifact if of_vision else session.artifact
+    table = tolerances.VISION_MARGIN if of_vision else tolerances.TOKEN_MARGIN
+    margin = limit(table, artifact.precision)
+    results = []
+    for name, vectors in golden.items():
+        worst = _changed_margin(session, pixels[name], vectors)
+        results.append(
+            _result(
+                "greedy_tokens", artifact.file, name, "margin of a changed token", worst, margin
+            )
+        )
+    if drafts is not None:
+        comparison = compare(session, drafts)
+        allowed = limit(tolerances.FACTS, artifact.precision)
+        for kind, count in comparison.flips.items():
+            metric = (
+                f"flips per study ({comparison.changed} drafts changed, "
+                f"{comparison.tied} of them at ties)"
+            )
+            studies = f"{comparison.studies} studies"
+            value = count / comparison.studies
+            results.append(_result(f"facts_{kind}", artifact.file, studies, metric, value, allowed))
+    return results
+
+
+def _changed_margin(session: Session, pixels: ImageTensor, vectors: Mapping[str, Any]) -> float:
     """Feed the trained model's tokens; where ours would differ, how sure was the trained one?"""
-    radiograph = open_radiograph(session.bundle.path(name))
-    pixels = image.prepare(radiograph, session.bundle.manifest.image)
     soft_prompt = session.vision.encode(pixels)[0]
     session.language.rewind(0)
     rows = [session.language.prefill(layout(session.prompt, soft_prompt))[None]]
@@ -122,20 +209,14 @@ def _greedy_tokens(session: Session, name: str, vectors: dict[str, Any]) -> Stag
         rows.append(session.language.step(np.asarray([token], np.int32)))
     best = np.concatenate(rows).argmax(-1)  # (1 + T,)
     differs = best != vectors["best"]
-    worst = float(vectors["margins"][differs].max()) if differs.any() else 0.0
-    tolerance = limit(tolerances.TOKEN_MARGIN, session.artifact.precision)
-    return _result(
-        "greedy_tokens", session.artifact, name, "margin of a changed token", worst, tolerance
-    )
+    return float(vectors["margins"][differs].max()) if differs.any() else 0.0
 
 
 def _result(
-    stage: str, artifact: Artifact, canary: str, metric: str, value: float, tolerance: float
+    stage: str, file: str, canary: str, metric: str, value: float, tolerance: float
 ) -> StageResult:
     # written so that NaN fails
-    return StageResult(
-        stage, artifact.file, canary, metric, value, tolerance, passed=bool(value <= tolerance)
-    )
+    return StageResult(stage, file, canary, metric, value, tolerance, bool(value <= tolerance))
 
 
 def _max_difference(found: FloatArray, wanted: FloatArray) -> float:

@@ -20,7 +20,9 @@ from rx_edge.errors import BackendError
 
 BACKENDS = {
     "vision_onnx": "rx_edge.backends.vision_onnx",
+    "vision_tensorrt": "rx_edge.backends.vision_tensorrt",
     "llm_gguf": "rx_edge.backends.llm_gguf",
+    "llm_onnx": "rx_edge.backends.llm_onnx",
 }
 
 

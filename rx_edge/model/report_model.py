@@ -122,6 +122,38 @@ class ReportModel(nn.Module):
         return ids
 
 
+@torch.inference_mode()
+def greedy_batch(
+    model: ReportModel, soft: torch.Tensor, max_new_tokens: int
+) -> list[tuple[list[int], list[float]]]:
+    """`ReportModel.greedy` for soft prompts (B, N, D_lm) at once.
+
+    Returns:
+        For each: token ids without the end token, and by how many logits each of them was
+        preferred to the next best; the end token's margin comes last.
+    """
+    prompts = torch.stack([model.prompt_embeddings(row) for row in soft])
+    step = model.lm(inputs_embeds=prompts, use_cache=True, logits_to_keep=1)
+    out: list[tuple[list[int], list[float]]] = [([], []) for _ in soft]
+    open_rows = set(range(len(soft)))
+    for _ in range(max_new_tokens):
+        best = step.logits[:, -1].topk(2, dim=-1)
+        for row in sorted(open_rows):
+            ids, margins = out[row]
+            token = int(best.indices[row, 0])
+            margins.append(float(best.values[row, 0] - best.values[row, 1]))
+            if token == model.prompt.end:
+                open_rows.discard(row)
+            else:
+                ids.append(token)
+        if not open_rows:
+            break
+        # finished rows go on in the batch; what they say is not kept
+        tokens = best.indices[:, :1]  # (B, 1)
+        step = model.lm(input_ids=tokens, past_key_values=step.past_key_values, use_cache=True)
+    return out
+
+
 def load_run(run: Path) -> ReportModel:
     """The model of a finished run, in eval mode, adapter attached and not merged.
 

@@ -117,7 +117,10 @@ def _provenance(session: Session, radiograph: Radiograph) -> dict[str, str]:
     return {
         "model": manifest.name,
         "bundle_sha256": session.bundle.digest,
-        "vision": f"{manifest.vision.format} {manifest.vision.precision} {session.vision.device}",
+        "vision": (
+            f"{session.vision_artifact.format} {session.vision_artifact.precision} "
+            f"{session.vision.device}"
+        ),
         "language": (
             f"{session.artifact.format} {session.artifact.precision} {session.language.device}"
         ),

@@ -28,6 +28,7 @@ class Session:
     """
 
     bundle: Bundle
+    vision_artifact: Artifact
     artifact: Artifact
     vision: VisionBackend
     language: LanguageBackend
@@ -57,7 +58,8 @@ class Session:
 def open_session(
     root: Path,
     *,
-    precision: str | None = None,
+    vision: str | None = None,
+    language: str | None = None,
     max_new_tokens: int | None = None,
     threads: int | None = None,
     allow_unverified: bool = False,
@@ -65,7 +67,8 @@ def open_session(
     """Check and load a bundle.
 
     Args:
-        precision: of the language model; None = the bundle's default.
+        vision, language: artefacts by name, e.g. "onnx:int8", "gguf:Q8_0" or just "Q8_0";
+            None = the bundle's default.
         max_new_tokens, threads: override the bundle's settings.
 
     Raises:
@@ -73,47 +76,50 @@ def open_session(
         BackendError: an engine cannot run it.
     """
     bundle = open_bundle(root, allow_unverified=allow_unverified)
-    return open_checked(bundle, precision=precision, max_new_tokens=max_new_tokens, threads=threads)
+    return open_checked(
+        bundle, vision=vision, language=language, max_new_tokens=max_new_tokens, threads=threads
+    )
 
 
 def open_checked(
     bundle: Bundle,
     *,
-    precision: str | None = None,
+    vision: str | Artifact | None = None,
+    language: str | Artifact | None = None,
     max_new_tokens: int | None = None,
     threads: int | None = None,
     exact: bool = False,
 ) -> Session:
     """Load a bundle whose files are already checked; `exact` asks for parity-grade arithmetic."""
-    manifest, artifact = bundle.manifest, bundle.language(precision)
+    manifest = bundle.manifest
+    sees, writes = bundle.vision(vision), bundle.language(language)
     generate = manifest.generate
     if max_new_tokens is not None:
         generate = replace(generate, max_new_tokens=max_new_tokens)
     if threads is not None:
         generate = replace(generate, threads=threads)
     tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
-    vision: VisionBackend = registry.load(manifest.vision.format).open(
-        bundle.path(manifest.vision.file), threads=generate.threads
-    )
+    eyes = _open_vision(bundle, sees, generate)
     try:
-        language: LanguageBackend = registry.load(artifact.format).open(
-            bundle.path(artifact.file),
-            n_ctx=generate.n_ctx,
-            threads=generate.threads,
-            exact=exact,
+        language_backend: LanguageBackend = registry.load(writes.format).open(
+            bundle.path(writes.file), n_ctx=generate.n_ctx, threads=generate.threads, exact=exact
         )
     except BaseException:
-        vision.close()
+        eyes.close()
         raise
     session = Session(
         bundle=bundle,
-        artifact=artifact,
-        vision=vision,
-        language=language,
+        vision_artifact=sees,
+        artifact=writes,
+        vision=eyes,
+        language=language_backend,
         tokenizer=tokenizer,
         prompt=prompt_ids(manifest.prompt, tokenizer),
         generate=generate,
-        notes=_what_runs_where(manifest.vision, vision, artifact, language, precision),
+        notes=(
+            _note("vision", sees, eyes.device, vision),
+            _note("language", writes, language_backend.device, language),
+        ),
         unverified=not manifest.verification.passed,
     )
     try:
@@ -124,25 +130,23 @@ def open_checked(
     return session
 
 
-def _what_runs_where(
-    vision_artifact: Artifact,
-    vision: VisionBackend,
-    artifact: Artifact,
-    language: LanguageBackend,
-    precision: str | None,
-) -> tuple[str, ...]:
-    reason = "asked for" if precision else "the bundle's default"
-    return (
-        f"vision: {vision_artifact.format} {vision_artifact.precision} on {vision.device}",
-        f"language: {artifact.format} {artifact.precision} on {language.device} ({reason})",
+def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -> VisionBackend:
+    backend: VisionBackend = registry.load(artifact.format).open(
+        bundle.path(artifact.file), threads=generate.threads
     )
+    return backend
+
+
+def _note(half: str, artifact: Artifact, device: str, asked: str | Artifact | None) -> str:
+    reason = "asked for" if asked else "the bundle's default"
+    return f"{half}: {artifact.format} {artifact.precision} on {device} ({reason})"
 
 
 def _check_pairing(session: Session) -> None:
     """Every artefact carries the pairing hash inside; a foreign one has the right shape at best."""
     manifest = session.bundle.manifest
     for file, found in (
-        (manifest.vision.file, session.vision.pairing),
+        (session.vision_artifact.file, session.vision.pairing),
         (session.artifact.file, session.language.pairing),
     ):
         if found != manifest.pairing:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import platform
 import subprocess
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 import rx_edge
-from rx_edge.config import StageConfig, TrainRecipe, from_mapping, load_toml, to_mapping
+from rx_edge.config import StageConfig, TrainRecipe, load_toml, override, to_mapping
 from rx_edge.errors import ConfigError, TrainingError, UsageError
 from rx_edge.model.catalogue import locate
 from rx_edge.model.digest import weights_digest
@@ -44,22 +43,12 @@ Progress = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
 def effective_recipe(path: Path, overrides: Sequence[str]) -> TrainRecipe:
-    """The recipe with `key.sub=value` overrides applied; values are TOML (`seed=3`).
+    """The recipe with `key.sub=value` overrides applied.
 
     Raises:
         ConfigError: unknown key, wrong type, or an override that is not key=value.
     """
-    plain = to_mapping(load_toml(path, TrainRecipe))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override!r}: expected key=value")
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text  # a bare word is a string
-        _set(plain, key.split("."), value, override)
-    return from_mapping(TrainRecipe, plain, where=str(path))
+    return override(load_toml(path, TrainRecipe), overrides, where=str(path))
 
 
 def train(

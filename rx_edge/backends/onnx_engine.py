@@ -1,0 +1,90 @@
+"""ONNX Runtime: imported without telemetry, and opened on the device that was asked for.
+
+ONNX Runtime answers a provider that does not load by quietly using the CPU; here the provider
+that is in use after loading is compared with the one asked for, and a difference is an error.
+
+Does not cover: what a graph takes and returns (the backends), TensorRT, and nodes of a CUDA
+graph that ONNX Runtime itself places on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rx_edge.errors import BackendError, MissingExtraError
+from rx_edge.optional import require
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose ... 4 fatal
+
+
+def engine() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    ort: Any = require("onnxruntime", extra="cpu")
+    ort.disable_telemetry_events()  # on by default in some builds
+    return ort
+
+
+def unavailable() -> str | None:
+    """None, or why ONNX Runtime cannot be used here."""
+    try:
+        engine()
+    except MissingExtraError as error:
+        return str(error)
+    except (ImportError, OSError) as error:  # a shared library does not load
+        return f"onnxruntime is installed but does not load: {error}"
+    return None
+
+
+def session(
+    path: Path,
+    *,
+    threads: int,
+    device: str,
+    provider_options: Mapping[str, Mapping[str, str]] | None = None,
+) -> Any:
+    """An `InferenceSession` that runs on `device`.
+
+    Args:
+        threads: CPU threads; 0 = one per physical core (ONNX Runtime's own choice).
+        device: "cpu" or "cuda".
+        provider_options: per device, what its provider is to be told.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        BackendError: the file does not load, or the device cannot be used by this build.
+    """
+    if device not in PROVIDERS or threads < 0:
+        raise BackendError(
+            f"device is {device!r} and threads is {threads}; "
+            f"valid devices: {', '.join(PROVIDERS)}, threads >= 0"
+        )
+    ort = engine()
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise BackendError(
+            f"this onnxruntime has no {provider} (it has "
+            f"{', '.join(ort.get_available_providers())}); for CUDA: pip uninstall onnxruntime, "
+            'then pip install "rx-edge[gpu]"'
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _LOG_ERRORS
+    settings = dict((provider_options or {}).get(device, {}))
+    try:
+        opened = ort.InferenceSession(str(path), options, providers=[(provider, settings)])
+    except Exception as error:  # onnxruntime's exceptions share no other base
+        raise BackendError(f"onnxruntime cannot load {str(path)!r}: {error}") from error
+    if opened.get_providers()[0] != provider:
+        raise BackendError(
+            f"onnxruntime was asked for {provider} but uses {opened.get_providers()[0]}; "
+            "see its log for the library that did not load"
+        )
+    opened.disable_fallback()  # nor after a failing run
+    return opened

@@ -1,0 +1,55 @@
+"""The command line: composes the parts, and is the only package that prints or exits.
+
+Exit codes: 0 done; 1 failed; 2 usage; 3 verification failed or bundle refused. Everything heavy
+is imported inside a command, so that `--help` stays fast. One module per group of verbs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+import rx_edge
+from rx_edge.cli import demonstration, exporting, models, running, training
+from rx_edge.cli.common import Group
+
+app = typer.Typer(
+    cls=Group,
+    name="rx-edge",
+    help="Radiology-report generators on the hospital's own hardware.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_models = typer.Typer(cls=Group, help="Base models on this machine.", no_args_is_help=True)
+app.add_typer(_models, name="models")
+
+_models.command("fetch")(models.fetch_models)
+_models.command("add")(models.add)
+_models.command("list")(models.list_models)
+app.command()(training.train)
+app.command()(exporting.export)
+app.command()(exporting.verify)
+app.command()(running.report)
+app.command()(running.bench)
+app.command()(demonstration.demo)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"rx-edge {rx_edge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Radiology-report generators on the hospital's own hardware."""
+    # telemetry of dependencies is switched off before any of them is imported
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "ORT_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")

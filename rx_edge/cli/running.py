@@ -1,0 +1,135 @@
+"""`rx-edge report` and `rx-edge bench`: a verified bundle at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rx_edge.cli.common import (
+    BundleArgument,
+    BundleOption,
+    JsonFlag,
+    LanguageChoice,
+    Unverified,
+    VisionChoice,
+    exit_code,
+    print_json,
+    say,
+)
+from rx_edge.config import GenerateConfig
+from rx_edge.errors import RxEdgeError, UsageError
+
+if TYPE_CHECKING:
+    from rx_edge.runtime.session import Session
+    from rx_edge.types import Report
+
+
+def _help(setting: str) -> str:
+    """The help text of a `GenerateConfig` field: defaults and their meaning live there only."""
+    fields = {f.name: f for f in dataclasses.fields(GenerateConfig)}
+    text: str = fields[setting].metadata["help"]
+    return text
+
+
+def report(
+    images: Annotated[list[Path], typer.Argument(help="DICOM, PNG or JPEG files")],
+    bundle: BundleOption,
+    as_json: JsonFlag = False,
+    vision: VisionChoice = None,
+    llm: LanguageChoice = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help=_help("max_new_tokens"))
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=0, help=_help("threads"))] = None,
+    allow_unverified: Unverified = False,
+) -> None:
+    """Draft a report for each image, streamed."""
+    from rx_edge.runtime.session import open_session
+
+    _refuse_missing(images)
+    session = open_session(
+        bundle,
+        vision=vision,
+        language=llm,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        allow_unverified=allow_unverified,
+    )
+    with session:
+        for note in session.notes:
+            say(note)
+        entries, worst = [], 0
+        for image in images:
+            try:
+                entries.append(draft_one(session, image, stream=not as_json))
+            except RxEdgeError as error:
+                entries.append({"study": str(image), "error": str(error)})
+                worst = max(worst, exit_code(error))
+                typer.echo(f"rx-edge: {error}", err=True)
+        if as_json:
+            print_json({"reports": entries})
+        if worst:
+            raise typer.Exit(worst)
+
+
+def bench(
+    bundle: BundleArgument,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="study to time; default: the first canary")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="timed runs")] = 10,
+    vision: VisionChoice = None,
+    llm: LanguageChoice = None,
+    out: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
+) -> None:
+    """Time the whole path, image file to final text."""
+    from rx_edge.runtime.session import open_session
+    from rx_edge_bench.latency import measure
+
+    with open_session(bundle, vision=vision, language=llm) as session:
+        study = image or session.bundle.path(session.bundle.manifest.canaries[0])
+        result = measure(session, study, repeats=repeats, tick=lambda n: say(f"{n}/{repeats}"))
+    if out is None:
+        print_json(result)
+    else:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        say(f"written: {out}")
+
+
+def draft_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any]:
+    from rx_edge.runtime.pipeline import draft
+
+    chunks = draft(session, image)
+    started = False
+    while True:
+        try:
+            chunk = next(chunks)
+        except StopIteration as end:
+            finished: Report = end.value
+            break
+        if stream:
+            if not started:
+                typer.secho(session.bundle.manifest.banner, bold=True)
+            # the first token usually brings the space that separates it from the prompt
+            typer.echo(chunk.text if started else chunk.text.lstrip(), nl=False)
+            started = True
+            sys.stdout.flush()
+    if stream:
+        typer.echo("" if started else finished.banner)
+        for flag in finished.flags:
+            typer.echo(f"! {flag}")
+    return {"study": str(image), **dataclasses.asdict(finished)}
+
+
+def _refuse_missing(images: list[Path]) -> None:
+    """Before a model is loaded: a wrong path should not cost seconds."""
+    for image in images:
+        if not image.exists():
+            raise UsageError(f"{str(image)!r} does not exist")
+        if image.is_dir():
+            raise UsageError(f"{str(image)!r} is a directory; name image files")
