@@ -23,6 +23,7 @@ from rx_edge.config import (
     ImageRecipe,
     PromptConfig,
     from_mapping,
+    to_mapping,
 )
 from rx_edge.errors import BundleError, ConfigError
 
@@ -111,7 +112,8 @@ class Manifest:
     banner: str = DRAFT_BANNER
     intended_use: str = ""
     files: dict[str, FileEntry] = field(default_factory=dict)
-    pairing: str = ""
+    pairing: str = ""  # hash over `parts`; every artefact carries it inside
+    parts: dict[str, str] = field(default_factory=dict)  # hashes of what must stay together
     image: ImageRecipe = field(default_factory=ImageRecipe)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -199,6 +201,7 @@ def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:
             "export it again (or add --allow-unverified, which marks every draft)"
         )
     check_files(root, manifest.files)
+    _check_parts(root, manifest)
     return Bundle(root, manifest, hashlib.sha256(raw_bytes).hexdigest())
 
 
@@ -234,6 +237,38 @@ def describe(path: Path) -> FileEntry:
 def pairing_hash(parts: dict[str, str]) -> str:
     """One hash over the hashes of what must stay together: encoder, LM, tokenizer, prompt."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prompt_hash(prompt: PromptConfig) -> str:
+    """The part "prompt" of a pairing."""
+    return _config_hash(prompt)
+
+
+def image_hash(image: ImageRecipe) -> str:
+    """The part "image" of a pairing."""
+    return _config_hash(image)
+
+
+def _config_hash(config: PromptConfig | ImageRecipe) -> str:
+    return hashlib.sha256(json.dumps(to_mapping(config), sort_keys=True).encode()).hexdigest()
+
+
+def _check_parts(root: Path, manifest: Manifest) -> None:
+    """Prompt, image recipe and tokenizer must be those that the weights were trained with."""
+    tokenizer = manifest.files.get(manifest.tokenizer, FileEntry()).sha256
+    found = {
+        "prompt": prompt_hash(manifest.prompt),
+        "image": image_hash(manifest.image),
+        "tokenizer": tokenizer,
+    }
+    for name, sha256 in found.items():
+        if manifest.parts.get(name) != sha256:
+            raise BundleError(
+                f"{_name(root)} its {name} is not the one that the model was trained with "
+                f"(pairing {manifest.pairing[:8]}); export it again or restore {MANIFEST}"
+            )
+    if pairing_hash(manifest.parts) != manifest.pairing:
+        raise BundleError(f"{_name(root)} parts and pairing disagree; restore {MANIFEST}")
 
 
 def _parse(root: Path, raw_bytes: bytes) -> Manifest:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 
-from rx_edge.bundle import MANIFEST, Artifact, StageResult, Verdict, open_bundle, pairing_hash
+from rx_edge.bundle import (
+    MANIFEST,
+    Artifact,
+    StageResult,
+    Verdict,
+    image_hash,
+    open_bundle,
+    pairing_hash,
+    prompt_hash,
+)
+from rx_edge.config import ImageRecipe, PromptConfig
 from rx_edge.errors import BundleError
 
 STAGE = {"stage": "pixels", "metric": "max", "value": 0.0, "tolerance": 1.0, "passed": True}
@@ -19,12 +29,20 @@ def make(root: Path, **changes: Any) -> Path:
     """A verified bundle of one file, with top-level manifest keys replaced."""
     content = b"weights"
     root.mkdir(exist_ok=True)
-    (root / "llm.gguf").write_bytes(content)
+    for name in ("llm.gguf", "tokenizer.json"):
+        (root / name).write_bytes(content)
     entry = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    parts = {
+        "prompt": prompt_hash(PromptConfig()),
+        "image": image_hash(ImageRecipe()),
+        "tokenizer": entry["sha256"],
+    }
     manifest = {
         "schema": 2,
         "name": "tiny",
-        "files": {"llm.gguf": entry},
+        "files": {"llm.gguf": entry, "tokenizer.json": entry},
+        "pairing": pairing_hash(parts),
+        "parts": parts,
         "language": [{"file": "llm.gguf", "format": "llm_gguf", "precision": "F16"}],
         "verification": {"passed": True, "stages": [STAGE]},
     }
@@ -120,3 +138,20 @@ def test_pairing_depends_on_every_part_and_not_on_their_order() -> None:
     parts = {"encoder": "a", "lm": "b"}
     assert pairing_hash(parts) == pairing_hash({"lm": "b", "encoder": "a"})
     assert pairing_hash(parts) != pairing_hash({"encoder": "b", "lm": "a"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": {"image_begin": ""}}, "its prompt is not the one"),
+        ({"image": {"mean": [0.406, 0.456, 0.485]}}, "its image is not the one"),
+        ({"tokenizer": "llm.gguf.old"}, "its tokenizer is not the one"),
+        ({"pairing": "0" * 64}, "parts and pairing disagree"),
+        ({"parts": {}}, "its prompt is not the one"),
+    ],
+)
+def test_what_the_weights_were_trained_with_cannot_be_edited(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(BundleError, match=says):
+        open_bundle(make(tmp_path, **changes))

@@ -193,7 +193,9 @@ def test_train_and_export_from_the_command_line(tiny_recipe: Path, tmp_path: Pat
     small = ["--set", "stages.0.epochs=1.0", "--set", "stages.1.epochs=2.0"]
     trained = runner.invoke(app, ["train", str(tiny_recipe), "--out", str(run_dir), *small])
     assert trained.exit_code == 0, trained.stderr
-    exported = runner.invoke(app, ["export", str(run_dir), "--out", str(bundle), "--quant", "F16"])
+    exported = runner.invoke(
+        app, ["export", str(run_dir), "--out", str(bundle), "--llm", "gguf:F16"]
+    )
     assert exported.exit_code == 0, exported.stderr
     assert "verified" in exported.stderr
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,15 @@ from typing import Any
 from safetensors.numpy import load_file, save_file
 
 from rx_edge.backends.llm_onnx import sidecars
-from rx_edge.bundle import Artifact, StageResult, describe, pairing_hash
-from rx_edge.config import ExportConfig, to_mapping
+from rx_edge.bundle import (
+    Artifact,
+    StageResult,
+    describe,
+    image_hash,
+    pairing_hash,
+    prompt_hash,
+)
+from rx_edge.config import ExportConfig
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_run
 from rx_edge.prompting import encode
@@ -87,10 +93,15 @@ class Workshop:
 class Merged:
     """What merging decided."""
 
-    pairing: str
+    parts: dict[str, str]
     stages: tuple[StageResult, ...]
     soft_tokens: int  # N
     width: int  # D_lm
+
+    @property
+    def pairing(self) -> str:
+        """One hash over `parts`."""
+        return pairing_hash(self.parts)
 
 
 def golden(shop: Workshop) -> tuple[str, ...]:
@@ -139,7 +150,7 @@ def merged(shop: Workshop, canaries: Sequence[str]) -> Merged:
         stages = merge(model, shop.merged, known)
         shutil.copyfile(model.tokenizer_path, shop.bundle / "tokenizer.json")
         result = {
-            "pairing": _pairing(model, encoder, shop.merged),
+            "parts": _parts(model, encoder, shop.merged),
             "stages": [dataclasses.asdict(s) for s in stages],
             "soft_prompt": list(known[0].soft_prompt.shape),
         }
@@ -149,7 +160,7 @@ def merged(shop: Workshop, canaries: Sequence[str]) -> Merged:
     files = [shop.merged, shop.bundle / "tokenizer.json"]
     result = shop.steps.run("merging LoRA in float32", lambda: files, make)
     stages = tuple(StageResult(**s) for s in result["stages"])
-    return Merged(result["pairing"], stages, *result["soft_prompt"])
+    return Merged(result["parts"], stages, *result["soft_prompt"])
 
 
 def vision(shop: Workshop, targets: Sequence[Target], pairing: str) -> tuple[Artifact, ...]:
@@ -245,7 +256,18 @@ def _onnx(shop: Workshop, target: Target, name: str, pairing: str) -> dict[str, 
         if shop.config.llm_exporter == "optimum":
             return llm_optimum.write(shop.merged, out, pairing=pairing, python=None)
         precision: Any = target.precision
-        return llm_onnx.write(shop.merged, out, precision=precision, pairing=pairing, name=name)
+        return llm_onnx.write(
+            shop.merged, out, precision=precision, pairing=pairing, name=name, traced=traced
+        )
+
+    traced = None
+    if target.precision != "fp16" and shop.config.llm_exporter == "rx-edge":
+        traced = shop.steps.work / "traced.onnx"
+        shop.steps.run(
+            "tracing the language model",
+            lambda: [traced, traced.with_name("traced.onnx.data")],
+            lambda: llm_onnx.save_trace(shop.merged, traced),
+        )
 
     return shop.steps.run(f"language model to {target.name}", lambda: [out, *sidecars(out)], make)
 
@@ -289,17 +311,15 @@ def _streams(shop: Workshop) -> list[tuple[FloatArray | None, list[int]]]:
     ]
 
 
-def _pairing(model: ReportModel, encoder: str, merged_dir: Path) -> str:
-    """Hash over what must stay together; two runs, or two prompts, never share it."""
+def _parts(model: ReportModel, encoder: str, merged_dir: Path) -> dict[str, str]:
+    """Hashes of what must stay together; two runs, or two prompts, never share all of them."""
     weights = hashlib.sha256()
     for path in sorted(merged_dir.glob("*.safetensors")):
         weights.update(describe(path).sha256.encode())
-    return pairing_hash(
-        {
-            "encoder": encoder,
-            "language": weights.hexdigest(),
-            "tokenizer": describe(model.tokenizer_path).sha256,
-            "prompt": json.dumps(to_mapping(model.recipe.prompt), sort_keys=True),
-            "image": json.dumps(to_mapping(model.recipe.image), sort_keys=True),
-        }
-    )
+    return {
+        "encoder": encoder,
+        "language": weights.hexdigest(),
+        "tokenizer": describe(model.tokenizer_path).sha256,
+        "prompt": prompt_hash(model.recipe.prompt),
+        "image": image_hash(model.recipe.image),
+    }

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import rx_edge
-from rx_edge.bundle import MANIFEST, Artifact, Bundle, Manifest, Verdict, describe
+from rx_edge.bundle import MANIFEST, Artifact, Bundle, Manifest, StageResult, Verdict, describe
 from rx_edge.config import ExportConfig, GenerateConfig, TrainRecipe, load_toml, to_mapping
 from rx_edge.errors import RxEdgeError, UsageError, VerificationError
-from rx_edge_export import artifacts, calibration, plan, targets
+from rx_edge_export import artifacts, calibration, plan, stock, targets
 from rx_edge_export.artifacts import Merged, Workshop
 from rx_edge_export.atomic import replacing
 from rx_edge_export.calibration import Calibration
@@ -69,6 +69,8 @@ def export(
     config = config or ExportConfig()
     eyes = targets.chosen(config.vision, targets.VISION, "--vision")
     mouths = targets.chosen(config.language, targets.LANGUAGE, "--llm")
+    if config.stock:
+        stock.refuse_without_gguf(mouths)
     _check_target(out, force)
     plan.refuse_unfit(plan.make(run, config, out.parent), config.memory_gb)
     recipe = load_toml(run / "recipe.toml", TrainRecipe)
@@ -122,16 +124,24 @@ def _fill(
     if (shop.run / "MODEL_CARD.md").is_file():
         shutil.copyfile(shop.run / "MODEL_CARD.md", shop.bundle / "MODEL_CARD.md")
     vision = artifacts.vision(shop, eyes, merged.pairing)
+    details = stock.mmproj(shop, recipe.name, merged.pairing) if shop.config.stock else {}
     language = artifacts.language(shop, mouths, recipe.name, merged.pairing)
+    parts = {"vision": vision, "language": language}
+    stages = merged.stages
+    if shop.config.stock:
+        artifact, more = stock.finish(shop, details, language, canaries, recipe.name)
+        parts["stock"], stages = (artifact,), (*stages, *more)
     shop.release()
-    manifest = _manifest(shop, recipe, canaries, merged, vision, language)
-    return _verified(shop, manifest, merged, drafts)
+    manifest = _manifest(shop, recipe, canaries, merged, parts)
+    return _verified(shop, manifest, stages, drafts)
 
 
-def _verified(shop: Workshop, manifest: Manifest, merged: Merged, drafts: Drafts) -> Manifest:
+def _verified(
+    shop: Workshop, manifest: Manifest, stages: Sequence[StageResult], drafts: Drafts
+) -> Manifest:
     """Verify the staged bundle and write its manifest, or refuse."""
     found = verify(Bundle(shop.bundle, manifest, ""), shop.steps.detail, drafts)
-    verdict = Verdict.of([*merged.stages, *found.stages], found.notes)
+    verdict = Verdict.of([*stages, *found.stages], found.notes)
     if not verdict.passed:
         raise VerificationError(explain(verdict))
     manifest = replace(manifest, verification=verdict)
@@ -158,8 +168,7 @@ def _manifest(
     recipe: TrainRecipe,
     canaries: Sequence[str],
     merged: Merged,
-    vision: tuple[Artifact, ...],
-    language: tuple[Artifact, ...],
+    parts: dict[str, tuple[Artifact, ...]],
 ) -> Manifest:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     files = {
@@ -173,13 +182,15 @@ def _manifest(
         intended_use=INTENDED_USE,
         files=files,
         pairing=merged.pairing,
+        parts=merged.parts,
         image=recipe.image,
         prompt=recipe.prompt,
         generate=GenerateConfig(n_ctx=shop.config.n_ctx),
         soft_tokens=merged.soft_tokens,
         width=merged.width,
-        vision=vision,
-        language=language,
+        vision=parts["vision"],
+        language=parts["language"],
+        stock=parts.get("stock", ()),
         canaries=tuple(canaries),
         lineage=_lineage(shop, recipe),
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from rx_edge.types import FloatArray
 
+GREEDY_TOKENS = 32  # of a canary study
 DRAFT_TOKENS = 64  # of a calibration study's draft
 
 

@@ -62,6 +62,7 @@ def write(
     precision: Literal["fp32", "fp16", "int8", "int4"],
     pairing: str = "",
     name: str = "",
+    traced: Path | None = None,
 ) -> dict[str, Any]:
     """Write `model_dir` (config.json, *.safetensors) as `out` and its `sidecars`.
 
@@ -70,6 +71,7 @@ def write(
             "int8" and "int4" are block-wise weights with float32 arithmetic, see `onnx_nbits`.
         pairing: hash of the model this file belongs to (`rx_edge.bundle.pairing_hash`).
         name: the graph's name.
+        traced: a file of `save_trace` for the same model, to save the time; fp16 has its own trace.
 
     Returns:
         {"bytes", "opset", "max_error", "random_kl", "op_types", "embedding_dtype", "files"}:
@@ -85,7 +87,7 @@ def write(
         raise ExportError(f"precision is {precision!r}; valid: {', '.join(map(repr, PRECISIONS))}")
     check_directory(out)
     model = load(model_dir, torch.float16 if precision == "fp16" else torch.float32)
-    graph = trace(model)
+    graph = ir.load(traced) if traced and precision != "fp16" else trace(model)
     if precision in ("int8", "int4"):
         bits_of = mixed_bits(model.config.num_hidden_layers)
         eight = precision == "int8"
@@ -95,6 +97,12 @@ def write(
     del model
     tolerance = TOLERANCE if precision == "fp32" else None
     return publish(part, out, tolerance=tolerance, pairing=pairing, name=name)
+
+
+def save_trace(model_dir: Path, out: Path) -> dict[str, Any]:
+    """Trace once in float32; fp32, int8 and int4 files are then made from `out`."""
+    ir.save(trace(load(model_dir, torch.float32)), out, external_data=f"{out.name}.data")
+    return {"bytes": out.stat().st_size}
 
 
 def publish(

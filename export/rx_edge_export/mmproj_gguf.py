@@ -7,8 +7,8 @@ nearly fits loads just as well and drafts nonsense. Every tensor of the encoder 
 The same encoder gives the same bytes.
 
 llama.cpp computes GELU by its tanh approximation (or `quick_gelu`) from a float16 table, trained
-towers exactly: tiny models of every variant end up 4e-4 (relative) from torch, the table's
-rounding, and the approximation adds nothing visible. `mmproj_check.py` measures each export.
+towers exactly: tiny models of every variant end up 4e-4 (relative) from torch, so what the
+approximation adds does not show. `mmproj_check.py` measures each export.
 
 Does not cover: checking the file (`mmproj_check.py`), the files around it (`stock_files.py`),
 towers without a CLS token or with register tokens, quantisation.
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gguf
 import numpy as np
@@ -114,8 +114,7 @@ def write(
     """
     if dtype not in ("f32", "f16"):
         raise ExportError(f"dtype is {dtype!r}; valid: 'f32', 'f16'")
-    vision: Any = encoder.vision
-    projector: Any = encoder.projector
+    vision, projector = cast(Any, encoder.vision), cast(Any, encoder.projector)
     config = vision.encoder.config
     _check_prompt(prompt)
     _check_tower(vision, config, image)

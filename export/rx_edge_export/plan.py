@@ -114,6 +114,8 @@ def make(run: Path, config: ExportConfig, where: Path) -> Plan:
     spoken = sum(_count(t) for t in architecture.tensors)
     kv = _kv_cache(architecture, config.n_ctx)
     rows = [*_vision_rows(eyes, seen), *_language_rows(mouths, architecture, spoken, kv)]
+    if config.stock:
+        rows.append(Row("stock mmproj", "mmproj.gguf", 4 * seen, int(4 * seen + 0.2 * GB)))
     files = {row.file: row.disk for row in rows}
     between = 4 * (2 * spoken + seen)  # merged weights, float32 GGUF, float32 ONNX
     floats = 4 * (spoken + seen)
@@ -147,8 +149,10 @@ def steps(eyes: Sequence[Target], mouths: Sequence[Target], config: ExportConfig
     matrix = any(t.precision != "Q8_0" for t in quantised) and config.imatrix != "none"
     from_fp32 = {t.file for t in eyes} - {"vision.onnx"}
     engines = sum(t.format == "vision_tensorrt" for t in eyes)
-    base = 4  # golden vectors, drafts, merging, vision fp32
-    return base + len(from_fp32) + engines + bool(quantised) + matrix + len(mouths)
+    traced = any(t.format == "llm_onnx" and t.precision != "fp16" for t in mouths)
+    traced = traced and config.llm_exporter == "rx-edge"
+    base = 4 + config.stock  # golden vectors, drafts, merging, vision fp32, mmproj
+    return base + len(from_fp32) + engines + bool(quantised) + matrix + traced + len(mouths)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

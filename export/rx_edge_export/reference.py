@@ -24,9 +24,8 @@ from rx_edge.radiograph import open_radiograph
 from rx_edge.types import FloatArray, ImageTensor, Radiograph
 from rx_edge_export import phantom
 from rx_edge_export.calibration import Study
-from rx_edge_export.golden import DRAFT_TOKENS, Drafts, golden_file
+from rx_edge_export.golden import DRAFT_TOKENS, GREEDY_TOKENS, Drafts, golden_file
 
-GREEDY_TOKENS = 32
 BATCH = 8  # calibration studies at once
 # both polarities, so that one of them exposes a reader that inverts never or always
 _PHANTOMS: tuple[tuple[str, int, phantom.Photometric], ...] = (

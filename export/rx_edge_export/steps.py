@@ -48,6 +48,7 @@ class Steps:
         self.work = work
         self._key, self._total, self._progress = key, total, progress
         self._count = 0
+        self._done: set[str] = set()
         work.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(work / "lock", os.O_CREAT | os.O_RDWR, 0o644)
         try:
@@ -69,6 +70,9 @@ class Steps:
             files: what it wrote, asked for after `make`: files, or directories with all in them.
             make: does it; returns JSON-ready data.
         """
+        if name in self._done:  # several artefacts may share a step
+            shared: dict[str, Any] = self._finished[name]["result"]
+            return shared
         result = self._kept(name)
         self._progress("export", self._count, self._total, name)
         if result is None:
@@ -76,6 +80,7 @@ class Steps:
             entries = {str(p.relative_to(self.work)): describe(p).sha256 for p in _flat(files())}
             self._finished[name] = {"result": result, "files": entries}
             self._save()
+        self._done.add(name)
         self._count += 1
         self._progress("export", self._count, self._total, name)
         return result

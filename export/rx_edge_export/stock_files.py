@@ -2,8 +2,8 @@
 
 The prompt is the trap. A stock program puts its own chat template around what is typed, and
 versions differ in whether the picture comes before or after the text and in the newline between
-them (llama.cpp pull requests 23467 and 19595). So the whole trained prompt is in the template, and the user sends the picture alone:
-llama.cpp then renders our prompt whatever its version, and `draft.sh` sends it literally.
+them (llama.cpp pull requests 23467 and 19595). So the whole trained prompt is in the template, and
+the user sends the picture alone: nothing is left to differ. `draft.sh` sends the prompt literally.
 
 llama-server, llama-mtmd-cli, Ollama and LM Studio were never run by us, and the README says so.
 What is checked at export goes through libmtmd, llama.cpp's library (`mmproj_check.py`).

@@ -19,8 +19,8 @@ SOFT_PROMPT = {"fp32": 1e-4, "fp16": 5e-3, "int8": 0.15, "fp8": 0.2}
 SOFT_PROMPT_SCALE = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.02, "fp8": 0.03}
 # nats, KL(trained || bundle) after the prompt, the trained soft prompt given
 PREFILL_KL = {
-    "F32": 1e-5, "F16": 1e-4, "Q8_0": 3e-2, "Q6_K": 5e-2, "Q5_K_M": 0.1, "Q4_K_M": 0.2,
-    "IQ4_NL": 0.3, "fp32": 1e-5, "fp16": 1e-4, "int8": 3e-2, "int4": 0.3,
+    "F32": 1e-5, "F16": 1e-4, "Q8_0": 1e-2, "Q6_K": 2e-2, "Q5_K_M": 0.05, "Q4_K_M": 0.2,
+    "IQ4_NL": 0.3, "fp32": 1e-5, "fp16": 1e-4, "int8": 1e-2, "int4": 0.3,
 }  # fmt: skip
 # a greedy token may differ only where the trained model itself hardly prefers its own (logits)
 TOKEN_MARGIN = {

@@ -30,7 +30,7 @@ from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import FloatArray, ImageTensor
 from rx_edge_export import tolerances
-from rx_edge_export.golden import Drafts, golden_file
+from rx_edge_export.golden import GREEDY_TOKENS, Drafts, golden_file
 from rx_edge_export.tolerances import limit
 from rx_edge_export.verify_drafts import compare
 
@@ -208,6 +208,8 @@ def _changed_margin(session: Session, pixels: ImageTensor, vectors: Mapping[str,
     for token in vectors["tokens"]:  # one by one, as production decodes
         rows.append(session.language.step(np.asarray([token], np.int32)))
     best = np.concatenate(rows).argmax(-1)  # (1 + T,)
+    if len(vectors["tokens"]) < GREEDY_TOKENS and vectors["best"][-1] != session.prompt.end:
+        return float("inf")  # the trained draft ended here with another token than ours would
     differs = best != vectors["best"]
     return float(vectors["margins"][differs].max()) if differs.any() else 0.0
 

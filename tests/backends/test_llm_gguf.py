@@ -248,7 +248,9 @@ def test_llama_cpp_prints_nothing(model: Model, capfd: pytest.CaptureFixture[str
 
 def test_registry_finds_and_describes_backends() -> None:
     assert registry.load("llm_gguf") is llm_gguf
-    assert registry.describe() == {"vision_onnx": None, "llm_gguf": None}
+    reasons = registry.describe()
+    assert reasons.keys() == registry.BACKENDS.keys()
+    assert [reasons[n] for n in ("vision_onnx", "llm_gguf", "llm_onnx")] == [None] * 3
     with pytest.raises(BackendError, match="did you mean 'llm_gguf'"):
         registry.load("llm_ggml")
 

@@ -15,8 +15,8 @@ from rx_edge import grayscale
 from rx_edge.bundle import MANIFEST, describe, open_bundle
 from rx_edge.errors import BackendError, BundleError, UsageError, VerificationError
 from rx_edge.runtime.session import open_session
+from rx_edge_export import artifacts, llm_gguf, merge_lora
 from rx_edge_export import export as export_module
-from rx_edge_export import llm_gguf, merge_lora
 from rx_edge_export.export import export, export_digest
 from rx_edge_export.verify import verify
 
@@ -43,11 +43,15 @@ def rehash(root: Path, name: str) -> None:
 def test_a_faithful_bundle_passes_every_stage(tiny_bundle: Path) -> None:
     verdict = verify(open_bundle(tiny_bundle))
     assert verdict.passed, verdict.failures()
-    assert {s.stage for s in verdict.stages} == {
-        "pixels", "soft_prompt", "tokenizer", "prefill_logits", "adapter", "greedy_tokens",
+    everywhere = {
+        "pixels", "soft_prompt", "soft_prompt_scale", "tokenizer", "prefill_logits", "adapter",
+        "greedy_tokens",
     }  # fmt: skip
+    assert {s.stage for s in verdict.stages} == everywhere
     at_export = open_bundle(tiny_bundle).manifest.verification
-    assert "merge" in {s.stage for s in at_export.stages}
+    assert {s.stage for s in at_export.stages} == everywhere | {
+        "merge", "facts_negation", "facts_side", "facts_finding",
+    }  # fmt: skip
 
 
 def test_an_adapter_that_was_not_merged_is_refused(
@@ -64,7 +68,7 @@ def test_a_lost_adapter_is_refused_by_the_bundle_stages_alone(
 ) -> None:
     """As if the wrong directory had been converted after a correct merge."""
     monkeypatch.setattr(merge_lora, "merged", lambda lm: lm.unload())
-    monkeypatch.setattr(export_module, "merge", _merge_without_comparison)
+    monkeypatch.setattr(artifacts, "merge", _merge_without_comparison)
     with pytest.raises(VerificationError, match="prefill_logits"):
         export(tiny_run, tmp_path / "out")
 

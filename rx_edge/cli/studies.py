@@ -1,0 +1,109 @@
+"""`rx-edge study`: the measurements behind published figures, each as one JSON document."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rx_edge.cli.common import (
+    BundleArgument,
+    print_json,
+    progress,
+    require_export,
+    require_train,
+    say,
+)
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="file to write; default: standard output")
+]
+Run = Annotated[Path, typer.Argument(help="finished training run")]
+Pairs = Annotated[Path, typer.Option("--pairs", help="pairs.jsonl or its directory")]
+Threads = Annotated[int | None, typer.Option("--threads", min=0, help="CPU threads of the engines")]
+
+
+def deployment_loss(
+    run: Run,
+    bundle: BundleArgument,
+    pairs: Pairs,
+    llm: Annotated[
+        str, typer.Option("--llm", help="artefacts to compare with the run")
+    ] = "gguf:Q8_0,gguf:Q4_K_M",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="held-out studies")] = None,
+    threads: Threads = None,
+    out: JsonFile = None,
+) -> None:
+    """What each metric loses between the trained model and its bundle, on held-out studies."""
+    require_train()
+    from rx_edge_bench.deployment_loss import measure
+
+    with progress() as bars:
+        result = measure(
+            run, bundle, pairs, llm.split(","), limit=limit, threads=threads, progress=bars
+        )
+    _deliver(result, out)
+
+
+def imatrix(
+    run: Run,
+    pairs: Pairs,
+    file_types: Annotated[
+        str, typer.Option("--types", help="GGUF file types, separated by commas")
+    ] = "Q4_K_M,IQ4_NL",
+    fit: Annotated[int, typer.Option("--fit", min=1, help="studies the matrices come from")] = 32,
+    check: Annotated[int, typer.Option("--check", min=1, help="studies compared on")] = 50,
+    threads: Threads = None,
+    out: JsonFile = None,
+) -> None:
+    """Importance matrices compared: none, from text alone, from soft prompts and text."""
+    require_export()
+    from rx_edge_bench.imatrix_comparison import measure
+
+    with tempfile.TemporaryDirectory(prefix="rx-edge-imatrix-") as work, progress() as bars:
+        result = measure(
+            run,
+            pairs,
+            Path(work),
+            file_types=file_types.split(","),
+            fit=fit,
+            check=check,
+            threads=threads or 0,
+            progress=bars,
+        )
+    _deliver(result, out)
+
+
+def peers(
+    bundle: BundleArgument,
+    llm: Annotated[
+        list[str] | None, typer.Option("--llm", help="GGUF artefact; may be repeated")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="text in the image's place; repeatable")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="tokens of each answer")
+    ] = 32,
+    threads: Threads = None,
+    out: JsonFile = None,
+) -> None:
+    """Greedy text of other engines on the bundle's GGUF, beside ours (no image)."""
+    from rx_edge_bench.peer_check import INSTRUCTIONS, SCHEMA, check
+
+    checks = [
+        check(bundle, name, prompt or INSTRUCTIONS, max_new_tokens=max_new_tokens, threads=threads)
+        for name in llm or ["gguf:F16"]
+    ]
+    _deliver(checks[0] if len(checks) == 1 else {"schema": SCHEMA, "checks": checks}, out)
+
+
+def _deliver(result: dict[str, Any], out: Path | None) -> None:
+    if out is None:
+        print_json(result)
+        return
+    out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    say(f"written: {out}")
