@@ -197,6 +197,25 @@ def test_signing_and_checking_need_no_network(
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_other_programs_check_it_too(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """The commands of docs/guides/air-gap.md that are not ours."""
+    verify = ["-m", "model_signing", "verify", "key", signed, "--signature", signed / SIGNATURE]
+    assert _runs(sys.executable, *verify, "--public_key", keys[1])
+    (signed / "extra.txt").write_text("x", "utf-8")
+    assert not _runs(sys.executable, *verify, "--public_key", keys[1])
+    archive, made = signed / MANIFEST, tmp_path / "archive.sig"
+    assert _runs("openssl", "dgst", "-sha256", "-sign", keys[0], "-out", made, archive)
+    check = ["openssl", "dgst", "-sha256", "-verify", keys[1], "-signature", made, archive]
+    assert _runs(*check)
+    _rewrite_manifest(signed)
+    assert not _runs(*check)
+
+
+def _runs(*command: object) -> bool:
+    result = subprocess.run([str(c) for c in command], capture_output=True, check=False)
+    return result.returncode == 0
+
+
 def test_the_commands(tiny_bundle: Path, tmp_path: Path) -> None:
     app = typer.Typer(cls=Group, pretty_exceptions_enable=False)
     app.command()(packaging.keygen)
