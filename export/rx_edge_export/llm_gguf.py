@@ -56,7 +56,7 @@ def write(
     if dtype not in _DTYPES:
         raise ExportError(f"dtype is {dtype!r}; valid: {', '.join(map(repr, _DTYPES))}")
     architecture = gguf_architectures.read(model_dir / "config.json")
-    where = _locate_tensors(model_dir)
+    where = locate_tensors(model_dir)
     _check_names(architecture, where)
     with replacing(out) as part:
         writer = gguf.GGUFWriter(part, architecture.name)
@@ -79,7 +79,7 @@ def write(
     }
 
 
-def _locate_tensors(model_dir: Path) -> dict[str, Path]:
+def locate_tensors(model_dir: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it."""
     index = model_dir / "model.safetensors.index.json"
     files = [model_dir / "model.safetensors"]

@@ -89,12 +89,3 @@ def hidden_states(model: Any, embeds: torch.Tensor, mask: torch.Tensor) -> torch
         inputs_embeds=embeds, attention_mask=mask, use_cache=False
     ).last_hidden_state
     return out
-
-
-def merged(model: Any) -> Any:
-    """The LM with the adapter folded into its float32 weights; `model` is consumed."""
-    out = model.merge_and_unload()
-    left = [n for n, _ in out.named_parameters() if "lora_" in n]
-    if left:
-        raise ModelError(f"merging left adapter tensors behind: {left[:3]}")
-    return out

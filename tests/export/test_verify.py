@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from rx_edge import grayscale
 from rx_edge.bundle import MANIFEST, describe, open_bundle
 from rx_edge.errors import BackendError, BundleError, UsageError, VerificationError
 from rx_edge.runtime.session import open_session
-from rx_edge_export import artifacts, llm_gguf, merge_lora
 from rx_edge_export import export as export_module
+from rx_edge_export import merge_lora
 from rx_edge_export.export import export, export_digest
 from rx_edge_export.verify import verify
 
@@ -57,46 +56,10 @@ def test_a_faithful_bundle_passes_every_stage(tiny_bundle: Path) -> None:
 def test_an_adapter_that_was_not_merged_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_lora, "merged", lambda lm: lm.unload())
+    monkeypatch.setattr(merge_lora, "_update", lambda *_: torch.zeros(()))
     with pytest.raises(VerificationError, match="stage merge"):
         export(tiny_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_lost_adapter_is_refused_by_the_bundle_stages_alone(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As if the wrong directory had been converted after a correct merge."""
-    monkeypatch.setattr(merge_lora, "merged", lambda lm: lm.unload())
-    monkeypatch.setattr(artifacts, "merge", _merge_without_comparison)
-    with pytest.raises(VerificationError, match="prefill_logits"):
-        export(tiny_run, tmp_path / "out")
-
-
-def _merge_without_comparison(model: Any, out: Path, canaries: Any) -> list[Any]:
-    merge_lora.merge(model, out, [])
-    return []
-
-
-def test_unpermuted_q_and_k_are_refused(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(llm_gguf, "_permuted", lambda weight, _: weight)
-    with pytest.raises(VerificationError, match="prefill_logits"):
-        export(tiny_run, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_missing_inversion_is_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    faithful = grayscale.render
-
-    def never_inverts(stored: Any, dataset: Any) -> Any:
-        dataset.PhotometricInterpretation = "MONOCHROME2"
-        return faithful(stored, dataset)
-
-    monkeypatch.setattr("rx_edge.dicom.render", never_inverts)
-    failures = verify(open_bundle(tiny_bundle)).failures()
-    assert {f.canary for f in failures if f.stage == "pixels"} == {"golden/phantom-mono1.dcm"}
 
 
 @pytest.mark.parametrize(

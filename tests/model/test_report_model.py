@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
 from rx_edge.config import ImageRecipe, LoraSettings, ModelConfig, TrainRecipe
 from rx_edge.errors import ModelError
-from rx_edge.model.language import load_language, merged, tokenizer_file, with_lora
+from rx_edge.model.language import load_language, tokenizer_file, with_lora
 from rx_edge.model.projector import Projector
 from rx_edge.model.report_model import ReportModel, load_run, load_trained
 from rx_edge.model.vision import load_vision
@@ -169,16 +169,6 @@ def test_adapter_off_is_the_base_lm(
     with model.adapter_off():
         torch.testing.assert_close(model.teacher_forced(soft, []), expected)
     assert (model.teacher_forced(soft, []) - expected).abs().max() > 0.1
-
-
-def test_merged_equals_unmerged(model: ReportModel, soft: torch.Tensor) -> None:
-    embeds = model.prompt_embeddings(soft)[None]
-    with torch.inference_mode():
-        expected = model.lm(inputs_embeds=embeds).logits
-        with model.adapter_off():
-            assert (model.lm(inputs_embeds=embeds).logits - expected).abs().max() > 0.1
-        found = merged(model.lm)(inputs_embeds=embeds).logits
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_trained_tensors_round_trip(model: ReportModel, soft: torch.Tensor, tmp_path: Path) -> None:
