@@ -31,6 +31,7 @@ from rx_edge.config import ExportConfig
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_run
 from rx_edge.prompting import encode
+from rx_edge.runtime.self_check import LIMITS
 from rx_edge.types import FloatArray
 from rx_edge_export import (
     gguf_quantize,
@@ -38,6 +39,7 @@ from rx_edge_export import (
     llm_gguf,
     llm_onnx,
     llm_optimum,
+    tolerances,
     vision_onnx,
     vision_quantize,
     vision_tensorrt,
@@ -185,7 +187,11 @@ def vision(shop: Workshop, targets: Sequence[Target], pairing: str) -> tuple[Art
                 list,
                 lambda file=file: vision_tensorrt.check(file),  # type: ignore[misc]
             )
-            details = {**details, "tensorrt": built}
+            limits = [
+                tolerances.limit(table, target.precision)
+                for table in (tolerances.SOFT_PROMPT, tolerances.SOFT_PROMPT_SCALE)
+            ]
+            details = {**details, "tensorrt": built, LIMITS: limits}
         made.append(Artifact(target.file, target.format, target.precision, details))
     return tuple(made)
 

@@ -22,10 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import rx_edge
-from rx_edge.bundle import MANIFEST, Artifact, Bundle, Manifest, StageResult, Verdict, describe
+from rx_edge.bundle import (
+    MANIFEST,
+    Artifact,
+    Bundle,
+    FileEntry,
+    Manifest,
+    StageResult,
+    Verdict,
+    describe,
+)
 from rx_edge.config import ExportConfig, GenerateConfig, TrainRecipe, load_toml, to_mapping
 from rx_edge.errors import RxEdgeError, UsageError, VerificationError
-from rx_edge_export import artifacts, calibration, plan, stock, targets
+from rx_edge_export import artifacts, calibration, plan, sbom, stock, targets
 from rx_edge_export.artifacts import Merged, Workshop
 from rx_edge_export.atomic import replacing
 from rx_edge_export.calibration import Calibration
@@ -171,16 +180,18 @@ def _manifest(
     parts: dict[str, tuple[Artifact, ...]],
 ) -> Manifest:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    files = {
-        path.relative_to(shop.bundle).as_posix(): describe(path)
-        for path in sorted(shop.bundle.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    sbom.write(
+        shop.bundle / sbom.SBOM,
+        model=recipe.name,
+        version=merged.pairing,
+        files=_files(shop.bundle),
+        licences=_licences(recipe),
+    )
     return Manifest(
         name=recipe.name,
         created=now,
         intended_use=INTENDED_USE,
-        files=files,
+        files=_files(shop.bundle, sbom.SBOM),
         pairing=merged.pairing,
         parts=merged.parts,
         image=recipe.image,
@@ -194,6 +205,24 @@ def _manifest(
         canaries=tuple(canaries),
         lineage=_lineage(shop, recipe),
     )
+
+
+def _files(bundle: Path, *more: str) -> dict[str, FileEntry]:
+    """Every file but the manifest and, unless asked for, the SBOM."""
+    return {
+        path.relative_to(bundle).as_posix(): describe(path)
+        for path in sorted(bundle.rglob("*"))
+        if path.is_file() and (path.name not in (MANIFEST, sbom.SBOM) or path.name in more)
+    }
+
+
+def _licences(recipe: TrainRecipe) -> dict[str, str]:
+    """Of the code, the weights and the data they were trained on."""
+    return {
+        "code": "Apache-2.0",
+        "weights": recipe.licence or "not stated by the recipe",
+        "data": f"as stated for the weights; corpora: {', '.join(sorted(recipe.data)) or 'none'}",
+    }
 
 
 def _lineage(shop: Workshop, recipe: TrainRecipe) -> dict[str, Any]:
@@ -213,7 +242,7 @@ def _lineage(shop: Workshop, recipe: TrainRecipe) -> dict[str, Any]:
         "training": _read_json(shop.run / "run.json"),
         "metrics": _read_json(shop.run / "metrics.json"),
         "data_sha256": {name: entry.get("sha256") for name, entry in data_manifest.items()},
-        "licences": {"code": "Apache-2.0", "weights": recipe.licence},
+        "licences": _licences(recipe),
         "exporter": _versions(),
     }
 

@@ -27,6 +27,7 @@ from rx_edge.bundle import Artifact, Bundle, StageResult, Verdict
 from rx_edge.errors import VerificationError
 from rx_edge.prompting import encode, layout
 from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.self_check import soft_prompt_errors
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import FloatArray, ImageTensor
 from rx_edge_export import tolerances
@@ -113,15 +114,6 @@ def _pixels(
                 _max_difference(pixels[name], vectors["pixels"]), tolerances.PIXELS)
         for name, vectors in golden.items()
     ]  # fmt: skip
-
-
-def soft_prompt_errors(found: FloatArray, wanted: FloatArray) -> tuple[float, float]:
-    """(length of the difference / length, |ratio of lengths - 1|) of two soft prompts (N, D)."""
-    if found.shape != wanted.shape:
-        return float("inf"), float("inf")
-    length = float(np.linalg.norm(wanted))
-    difference = float(np.linalg.norm(found - wanted)) / length
-    return difference, abs(float(np.linalg.norm(found)) / length - 1.0)
 
 
 def _soft_prompts(session: Session, golden: Golden) -> list[StageResult]:

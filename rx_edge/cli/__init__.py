@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import rx_edge
-from rx_edge.cli import demonstration, exporting, models, running, training
+from rx_edge.cli import demonstration, exporting, models, packaging, running, training
 from rx_edge.cli.common import Group
 
 app = typer.Typer(
@@ -32,7 +32,12 @@ _models.command("list")(models.list_models)
 app.command()(training.train)
 app.command()(exporting.export)
 app.command()(exporting.verify)
+app.command()(packaging.keygen)
+app.command()(packaging.sign)
+app.command("verify-signature")(packaging.verify_signature)
+app.command()(packaging.pack)
 app.command()(running.report)
+app.command()(running.prepare)
 app.command()(running.bench)
 app.command()(demonstration.demo)
 

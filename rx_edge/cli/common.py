@@ -115,4 +115,4 @@ def require_train(*more: str, extra: str = "train") -> None:
 
 def require_export() -> None:
     """The same for exporting."""
-    require_train("onnx", "onnxscript", "gguf", "onnxruntime", extra="export")
+    require_train("onnx", "onnxscript", "gguf", "onnxruntime", "cyclonedx", extra="export")

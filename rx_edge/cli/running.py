@@ -101,6 +101,26 @@ def bench(
         say(f"written: {out}")
 
 
+def prepare(
+    image: Annotated[Path, typer.Argument(help="DICOM, PNG or JPEG file")],
+    bundle: BundleOption,
+    out: Annotated[Path, typer.Option("--out", help="PNG to write")],
+) -> None:
+    """Write the 8-bit square that stock engines need to see what the model was trained on."""
+    from PIL import Image
+
+    from rx_edge.bundle import open_bundle
+    from rx_edge.radiograph import open_radiograph
+    from rx_edge_export.atomic import replacing
+    from rx_edge_export.mmproj_check import square_uint8
+
+    recipe = open_bundle(bundle).manifest.image
+    square = square_uint8(open_radiograph(image), recipe)
+    with replacing(out) as part:
+        Image.fromarray(square).save(part, format="PNG")
+    say(f"written: {out} ({recipe.size} x {recipe.size})")
+
+
 def draft_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any]:
     from rx_edge.runtime.pipeline import draft
 

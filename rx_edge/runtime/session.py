@@ -16,6 +16,9 @@ from rx_edge.bundle import Artifact, Bundle, open_bundle
 from rx_edge.config import GenerateConfig
 from rx_edge.errors import BundleError
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
+from rx_edge.runtime import self_check
+
+BUILT_HERE = ("vision_tensorrt",)  # formats whose engine no verification at export has seen
 
 
 @dataclass
@@ -134,6 +137,12 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
     backend: VisionBackend = registry.load(artifact.format).open(
         bundle.path(artifact.file), threads=generate.threads
     )
+    if artifact.format in BUILT_HERE:
+        try:
+            self_check.check(bundle, artifact, backend)
+        except BaseException:
+            backend.close()
+            raise
     return backend
 
 
