@@ -77,12 +77,14 @@ def check(
     *,
     max_new_tokens: int = 32,
     threads: int | None = None,
+    allow_unverified: bool = False,
 ) -> dict[str, Any]:
     """Compare the greedy text of three engines on one GGUF.
 
     Args:
         language: a GGUF artefact of the bundle, e.g. "gguf:F16".
         prompts: texts that take the image's place in the bundle's own prompt template.
+        allow_unverified: take a bundle without a passing verdict; the result says so.
 
     Returns:
         JSON-ready: per peer whether it ran and, per prompt, {"identical", "first_difference",
@@ -92,7 +94,7 @@ def check(
         UsageError: no prompt, or the artefact is no GGUF.
         BundleError, BackendError: our own engine refuses.
     """
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, allow_unverified=allow_unverified)
     artifact = opened.language(language)
     if artifact.format != "llm_gguf" or not prompts or max_new_tokens < 1:
         raise UsageError(
@@ -117,6 +119,7 @@ def check(
     return {
         "schema": SCHEMA,
         "bundle_sha256": opened.digest,
+        "verified": opened.manifest.verification.passed,
         "model": opened.manifest.name,
         "artifact": artifact.name,
         "prompts": list(prompts),

@@ -1,4 +1,4 @@
-"""Fold the adapter into float32 weights, tensor by tensor, and prove that nothing was lost or added.
+"""Fold the adapter into float32 weights, tensor by tensor; prove that nothing was lost or added.
 
 Merging happens in float32 and before any quantisation: an adapter merged into quantised weights
 loses its small updates. The base checkpoint is read one tensor at a time and the result written in

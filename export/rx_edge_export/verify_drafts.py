@@ -10,6 +10,7 @@ Does not cover: single positions (`verify.py`) and the text's quality.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,12 +45,17 @@ class Comparison:
     facts: int
 
 
-def compare(session: Session, drafts: Drafts) -> Comparison:
-    """Draft every study with `session`, from its pixels, and count what differs."""
+def encode(session: Session, drafts: Drafts) -> list[SoftPrompt]:
+    """The session's soft prompt of every study; its language half may change without them."""
+    return [session.vision.encode(pixels[None])[0] for pixels in drafts.pixels]
+
+
+def compare(session: Session, drafts: Drafts, soft_prompts: Sequence[SoftPrompt]) -> Comparison:
+    """Draft every study from its soft prompt (`encode`) and count what differs."""
     counts = {"negation": 0, "side": 0, "finding": 0}
     changed = tied = facts = 0
-    for pixels, wanted, margins in zip(drafts.pixels, drafts.tokens, drafts.margins, strict=True):
-        found = greedy(session, session.vision.encode(pixels[None])[0], wanted)
+    for soft, wanted, margins in zip(soft_prompts, drafts.tokens, drafts.margins, strict=True):
+        found = greedy(session, soft, wanted)
         text = session.tokenizer.decode(list(wanted), skip_special_tokens=True)
         other = session.tokenizer.decode(list(found), skip_special_tokens=True)
         difference = flips(text, other)

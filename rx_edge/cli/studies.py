@@ -11,6 +11,7 @@ import typer
 
 from rx_edge.cli.common import (
     BundleArgument,
+    Unverified,
     print_json,
     progress,
     require_export,
@@ -35,6 +36,7 @@ def deployment_loss(
     ] = "gguf:Q8_0,gguf:Q4_K_M",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="held-out studies")] = None,
     threads: Threads = None,
+    allow_unverified: Unverified = False,
     out: JsonFile = None,
 ) -> None:
     """What each metric loses between the trained model and its bundle, on held-out studies."""
@@ -43,7 +45,14 @@ def deployment_loss(
 
     with progress() as bars:
         result = measure(
-            run, bundle, pairs, llm.split(","), limit=limit, threads=threads, progress=bars
+            run,
+            bundle,
+            pairs,
+            llm.split(","),
+            limit=limit,
+            threads=threads,
+            allow_unverified=allow_unverified,
+            progress=bars,
         )
     _deliver(result, out)
 
@@ -89,13 +98,21 @@ def peers(
         int, typer.Option("--max-new-tokens", min=1, help="tokens of each answer")
     ] = 32,
     threads: Threads = None,
+    allow_unverified: Unverified = False,
     out: JsonFile = None,
 ) -> None:
     """Greedy text of other engines on the bundle's GGUF, beside ours (no image)."""
     from rx_edge_bench.peer_check import INSTRUCTIONS, SCHEMA, check
 
     checks = [
-        check(bundle, name, prompt or INSTRUCTIONS, max_new_tokens=max_new_tokens, threads=threads)
+        check(
+            bundle,
+            name,
+            prompt or INSTRUCTIONS,
+            max_new_tokens=max_new_tokens,
+            threads=threads,
+            allow_unverified=allow_unverified,
+        )
         for name in llm or ["gguf:F16"]
     ]
     _deliver(checks[0] if len(checks) == 1 else {"schema": SCHEMA, "checks": checks}, out)

@@ -143,7 +143,7 @@ def test_a_flipped_side_counts_unless_it_was_a_tie(
             session,
             tokenizer=_Says({wanted: "Left pleural effusion.", found: "Right pleural effusion."}),
         )
-        comparison = verify_drafts.compare(spoken, drafts)
+        comparison = verify_drafts.compare(spoken, drafts, list(drafts.soft_prompts))
     assert comparison.flips == {"negation": 0, "side": counted, "finding": 0}
     assert (comparison.changed, comparison.tied) == (1, 1 - counted)
 

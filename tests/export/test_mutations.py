@@ -188,7 +188,7 @@ AT_EXPORT: dict[str, tuple[Plant, str]] = {
         weights_changed("token_embd.weight", lambda w: np.roll(w, 1, axis=0)),
         "prefill_logits",
     ),
-    "layer norm of the LM skipped": (
+    "norm weights of the LM halved": (
         weights_changed("blk.1.ffn_norm.weight", lambda w: w * 0.5),
         "prefill_logits",
     ),
