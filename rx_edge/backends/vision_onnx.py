@@ -1,9 +1,7 @@
 """The vision half (encoder, pooling, projector) as one ONNX file, through ONNX Runtime.
 
-ONNX Runtime answers a provider that does not load by quietly using the CPU; here the provider
-that is in use after loading is compared with the one asked for, and a difference is an error.
-
-Does not cover: TensorRT, building engines, and preparing pixels (`rx_edge.image`).
+Does not cover: opening the engine (`onnx_engine.py`), TensorRT, preparing pixels
+(`rx_edge.image`).
 """
 
 from __future__ import annotations
@@ -14,27 +12,19 @@ from typing import Any, Self
 
 import numpy as np
 
+from rx_edge.backends import onnx_engine
 from rx_edge.backends.base import PAIRING_KEY
-from rx_edge.errors import BackendError, MissingExtraError
-from rx_edge.optional import require
+from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray
 
 REQUIRES = ("onnxruntime",)
 
 INPUT, OUTPUT = "pixel_values", "soft_prompt"
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose ... 4 fatal
 
 
 def is_available() -> str | None:
     """None, or why this backend cannot be used here."""
-    try:
-        _engine()
-    except MissingExtraError as error:
-        return str(error)
-    except (ImportError, OSError) as error:  # a shared library does not load
-        return f"onnxruntime is installed but does not load: {error}"
-    return None
+    return onnx_engine.unavailable()
 
 
 def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
@@ -49,35 +39,9 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
         BackendError: no such file, not a graph of the documented signature, or the device
             cannot be used by this build of onnxruntime.
     """
-    if device not in _PROVIDERS or threads < 0:
-        raise BackendError(
-            f"device is {device!r} and threads is {threads}; "
-            f"valid devices: {', '.join(_PROVIDERS)}, threads >= 0"
-        )
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
-    ort = _engine()
-    provider = _PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise BackendError(
-            f"this onnxruntime has no {provider} (it has "
-            f"{', '.join(ort.get_available_providers())}); for CUDA: pip uninstall onnxruntime, "
-            'then pip install "rx-edge[gpu]"'
-        )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = _LOG_ERRORS
-    try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # onnxruntime's exceptions share no other base
-        raise BackendError(f"onnxruntime cannot load {str(path)!r}: {error}") from error
-    if session.get_providers()[0] != provider:
-        raise BackendError(
-            f"onnxruntime was asked for {provider} but uses {session.get_providers()[0]}; "
-            "see its log for the library that did not load"
-        )
-    session.disable_fallback()  # nor after a failing run
-    return OnnxVision(session, path, device)
+    return OnnxVision(onnx_engine.session(path, threads=threads, device=device), path, device)
 
 
 class OnnxVision:
@@ -125,12 +89,6 @@ class OnnxVision:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _engine() -> Any:
-    ort: Any = require("onnxruntime", extra="cpu")
-    ort.disable_telemetry_events()  # on by default in some builds
-    return ort
 
 
 def _check_signature(session: Any, path: Path) -> None:

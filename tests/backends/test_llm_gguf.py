@@ -263,4 +263,6 @@ def test_missing_engine_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     llm_gguf.engine.cache_clear()
     reasons = registry.describe()
     assert set(reasons) == set(registry.BACKENDS)
-    assert all("pip install" in str(reason) for reason in reasons.values())
+    for name, reason in reasons.items():  # TensorRT may be installed and lack its GPU
+        assert reason is not None
+        assert "pip install" in reason or name == "vision_tensorrt", reason
