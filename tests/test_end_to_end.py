@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from rx_edge import image
+from rx_edge.bundle import MANIFEST
 from rx_edge.cli import app
 from rx_edge.model.report_model import load_run
 from rx_edge.radiograph import open_radiograph
@@ -126,3 +128,19 @@ def test_the_published_figures_prove_that_the_image_matters() -> None:
     assert figures["view_accuracy"] >= 0.95
     assert abs(figures["view_accuracy_mean_prompt"] - figures["view_majority_rate"]) < 0.05
     assert figures["nll_swapped_minus_right"]["low"] > 0
+
+
+def test_what_the_verification_said_is_on_every_draft(
+    tiny_bundle: Path, tmp_path: Path, phantom_study: Path
+) -> None:
+    """Only the artefact in use: a note on another precision concerns nobody."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / MANIFEST).read_text("utf-8"))
+    note = "gguf:Q8_0: 9 of 50 drafts differ from the trained model's"
+    manifest["verification"]["notes"] = [note, "gguf:Q4_K_M: something else"]
+    (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    for language, wanted in (("Q8_0", [note]), ("F16", [])):
+        with open_session(copy, language=language, max_new_tokens=4) as session:
+            flags = run_to_end(session, phantom_study).flags
+        assert [f for f in flags if "drafts differ" in f or "something" in f] == wanted

@@ -41,6 +41,7 @@ AWKWARD = (
     "No pneumothorax.", "x  two  spaces\n\nand lines\t", "5.5 cm, T12; 1,024", "<img></img>",
     "<|im_start|>user\nfindings<|im_end|>", "cardiomégalie — œdème ≥ 3", "XXXX x-ray'S don't",
 )  # fmt: skip
+NOTABLE = 0.05  # share of drafts changed, ties apart, above which every draft carries a note
 Golden = Mapping[str, Mapping[str, Any]]
 Tick = Callable[[str], None]
 
@@ -89,7 +90,9 @@ def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = 
                 if drafts is not None:
                     if eyes.name not in seen:
                         seen[eyes.name] = encode_all(session, drafts)
-                    results += _facts(session, drafts, seen[eyes.name], of_vision=not first)
+                    facts, note = _facts(session, drafts, seen[eyes.name], of_vision=not first)
+                    results += facts
+                    notes += [note] if note else []
     return Verdict.of(results, tuple(notes))
 
 
@@ -107,8 +110,8 @@ def _on_this_machine(artifact: Artifact) -> tuple[Artifact, str]:
     if reason is None:
         return artifact, ""
     return replace(artifact, format="vision_onnx"), (
-        f"{artifact.name}: no engine can run here ({reason}); its ONNX was compared through ONNX "
-        "Runtime, and the engine is compared with the golden vectors when it is first opened"
+        f"not run on this machine: {artifact.name} ({reason}); its ONNX was compared through ONNX "
+        "Runtime, and an engine is compared with the golden vectors whenever it is opened"
     )
 
 
@@ -180,17 +183,25 @@ def _greedy(
 
 def _facts(
     session: Session, drafts: Drafts, soft_prompts: list[SoftPrompt], *, of_vision: bool
-) -> list[StageResult]:
-    """Whole drafts of calibration studies, by what they say."""
+) -> tuple[list[StageResult], str]:
+    """Whole drafts of calibration studies, by what they say; and a note where many changed."""
     artifact = session.vision_artifact if of_vision else session.artifact
     allowed = limit(tolerances.FACTS, artifact.precision)
     found = compare(session, drafts, soft_prompts)
     metric = f"flips per study ({found.changed} drafts changed, {found.tied} of them at ties)"
-    return [
+    stages = [
         _result(f"facts_{kind}", artifact.file, f"{found.studies} studies", metric,
                 count / found.studies, allowed)
         for kind, count in found.flips.items()
     ]  # fmt: skip
+    note = ""
+    if (found.changed - found.tied) / found.studies > NOTABLE:
+        note = (
+            f"{artifact.name}: {found.changed} of {found.studies} drafts differ from the trained "
+            f"model's, {found.changed - found.tied} of them where it was not undecided; prefer a "
+            "higher precision"
+        )
+    return stages, note
 
 
 def _changed_margin(session: Session, pixels: ImageTensor, vectors: Mapping[str, Any]) -> float:

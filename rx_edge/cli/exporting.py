@@ -20,6 +20,7 @@ from rx_edge.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from rx_edge.bundle import Manifest, Verdict
     from rx_edge.config import ExportConfig
 
 
@@ -62,7 +63,7 @@ def export(
         )
     verdict = manifest.verification
     if as_json:
-        print_json({"bundle": str(out), "verification": dataclasses.asdict(verdict)})
+        print_json(_verdict_json(manifest, verdict))
     for note in verdict.notes:
         say(f"note: {note}")
     say(f"verified ({len(verdict.stages)} checks) and written: {out}")
@@ -88,11 +89,25 @@ def verify(
             part.write_text(page(opened.manifest, opened.digest, verdict), encoding="utf-8")
         say(f"written: {html}")
     if as_json:
-        print_json({"bundle_sha256": opened.digest, **dataclasses.asdict(verdict)})
+        print_json({"bundle_sha256": opened.digest, **_verdict_json(opened.manifest, verdict)})
     else:
         print_verdict(verdict)
     if not verdict.passed:
         raise typer.Exit(3)
+
+
+def _verdict_json(manifest: Manifest, verdict: Verdict) -> dict[str, Any]:
+    """Every stage with value and tolerance, what was tested, and on which machine."""
+    from rx_edge_bench.environment import environment
+
+    return {
+        "schema": "rx-edge-parity/1",
+        "model": manifest.name,
+        "artefacts": {a.name: a.file for a in (*manifest.vision, *manifest.language)},
+        "calibration": manifest.lineage.get("calibration", {}),
+        **dataclasses.asdict(verdict),
+        "environment": environment(),
+    }
 
 
 def _config(

@@ -47,6 +47,7 @@ def draft(session: Session, study: Path) -> Generator[TokenChunk, None, Report]:
     timings.total = time.perf_counter() - started
     flags += guards.check_text(text, finish=finish)
     flags += [UNVERIFIED] if session.unverified else []
+    flags += session.warnings
     return Report(
         text=text,
         banner=session.bundle.manifest.banner,

@@ -27,6 +27,7 @@ class Session:
 
     Attributes:
         notes: sentences for the user about what was chosen and why.
+        warnings: what the verification said about the artefacts in use; flags of every draft.
         unverified: True when the bundle was accepted without a passing verdict.
     """
 
@@ -39,6 +40,7 @@ class Session:
     prompt: PromptIds
     generate: GenerateConfig
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     unverified: bool
 
     def close(self) -> None:
@@ -123,6 +125,7 @@ def open_checked(
             _note("vision", sees, eyes.device, vision),
             _note("language", writes, language_backend.device, language),
         ),
+        warnings=_warnings(manifest.verification.notes, sees, writes),
         unverified=not manifest.verification.passed,
     )
     try:
@@ -144,6 +147,11 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
             backend.close()
             raise
     return backend
+
+
+def _warnings(notes: tuple[str, ...], *artifacts: Artifact) -> tuple[str, ...]:
+    """What the verification said about the artefacts in use."""
+    return tuple(n for n in notes if any(n.startswith(f"{a.name}: ") for a in artifacts))
 
 
 def _note(half: str, artifact: Artifact, device: str, asked: str | Artifact | None) -> str:
