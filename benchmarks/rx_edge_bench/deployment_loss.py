@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 SCHEMA = "rx-edge-deployment-loss/1"
 HELD = ("val", "test")
 RESAMPLES, SEED = 2000, 0
+BOOTSTRAP = {"resamples": RESAMPLES, "seed": SEED, "interval": 0.95, "over": "studies"}
 LIMIT_PERCENT = 1.0  # of the trained model's figure: what a Q8_0 bundle is meant to stay within
 
 Table: TypeAlias = NDArray[np.float64]  # (studies, sums) or (resamples, sums)
@@ -118,6 +119,11 @@ def measure(
         with open_checked(opened, language=artifact, threads=threads) as session:
             answers = _of_bundle(session, studies, progress)
             found[artifact.name] = compare(studies, said, answers, margins)
+    note = {"data": data_note(pairs, HELD), "artifacts": found, "environment": environment()}
+    return {**_header(opened, studies), **note}
+
+
+def _header(opened: Bundle, studies: Sequence[Held]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "bundle_sha256": opened.digest,
@@ -129,20 +135,13 @@ def measure(
         "n_with_report": sum(s.sample.complete for s in studies),
         "target_tokens": sum(len(s.ids) for s in studies),
         "max_new_tokens": DRAFT_TOKENS,
-        "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "interval": 0.95, "over": "studies"},
+        "bootstrap": BOOTSTRAP,
         "limit_percent": LIMIT_PERCENT,
-        "data": data_note(pairs, HELD),
-        "artifacts": found,
-        "environment": environment(),
     }
 
 
 def refuse_other_run(model: ReportModel, bundle: Bundle) -> None:
-    """The encoder's hash tells whether a bundle was exported from this run.
-
-    Raises:
-        UsageError: it was not.
-    """
+    """A `UsageError` where the encoder's hash says that the bundle was not exported from it."""
     from rx_edge.model.digest import weights_digest
 
     found, wanted = bundle.manifest.parts.get("encoder", ""), weights_digest(model.encoder)
@@ -358,7 +357,7 @@ def _bleu_sums(wanted: str, text: str) -> list[float]:
 
 
 def _labels(wanted: str, text: str) -> list[float]:
-    """True positives, false positives, false negatives over findings that are present."""
+    """TP, FP and FN over findings that are present."""
     one, other = ({f.finding for f in facts(t) if f.status == "present"} for t in (wanted, text))
     return [float(len(one & other)), float(len(other - one)), float(len(one - other))]
 

@@ -11,7 +11,7 @@ Does not cover: drafts and labels (`deployment_loss.py`), and vision artefacts (
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,8 @@ from rx_edge.errors import UsageError
 from rx_edge.prompting import PromptIds
 from rx_edge.types import FloatArray, SoftPrompt
 from rx_edge_bench.deployment_loss import (
+    BOOTSTRAP,
     HELD,
-    RESAMPLES,
-    SEED,
     Table,
     data_note,
     interval,
@@ -73,6 +72,26 @@ class Distance:
     nll: float
 
 
+@dataclass(frozen=True)
+class Job:
+    """Where weights and logits go, and with how many threads."""
+
+    work: Path
+    threads: int
+    progress: Progress
+
+    @property
+    def merged(self) -> Path:
+        return self.work / "merged"
+
+    @property
+    def full(self) -> Path:
+        return self.work / "llm.F32.gguf"
+
+    def logits(self, number: int) -> Path:
+        return self.work / f"{number}.npy"
+
+
 def measure(
     run: Path,
     pairs: Path,
@@ -102,36 +121,13 @@ def measure(
         UsageError: `work` is not empty, or a split holds no study.
         ExportError: an unknown file type, or llama.cpp refuses.
     """
-    from rx_edge_export import gguf_quantize
-
-    if work.exists() and any(work.iterdir()):
-        raise UsageError(f"{str(work)!r} is not empty; name a new directory")
-    unknown = [name for name in file_types if name not in gguf_quantize.FILE_TYPES]
-    if unknown or not file_types:
-        valid = ", ".join(gguf_quantize.FILE_TYPES)
-        raise UsageError(f"file types are {list(file_types)}; valid: {valid}")
+    _refuse(work, file_types)
     work.mkdir(parents=True, exist_ok=True)
-    fitted, checked, full = _prepare(run, pairs, work, fit, check, progress)
-    matrices = _matrices(work / "merged", fitted, progress)
-    nll = _write_reference(full, checked, work, threads, progress)
-    counts = resampled(len(checked))
-    tokens = np.asarray([len(s.ids) for s in checked], np.float64)
-    results: dict[str, Any] = {}
-    for file_type in file_types:
-        found = {}
-        for name in MATRICES:
-            out = work / f"{name}.{file_type}.gguf"
-            made = gguf_quantize.quantize(
-                full, out, file_type=file_type, threads=threads, imatrix=matrices[name]
-            )
-            rows = list(_distances(out, checked, work, threads, progress))
-            found[name] = rows
-            results.setdefault(file_type, {})[name] = {
-                **_summary(rows, nll, tokens, counts),
-                **made,
-            }
-            out.unlink()
-        results[file_type]["kl_differences"] = _differences(found, counts)
+    job = Job(work, threads, progress)
+    fitted, checked = _prepare(job, run, pairs, fit, check)
+    matrices = _matrices(job, fitted)
+    nll = _write_reference(job, checked)
+    tokens = sum(len(s.ids) for s in checked)
     return {
         "schema": SCHEMA,
         "reference": "float32 GGUF of the merged model, same engine, exact arithmetic",
@@ -140,12 +136,44 @@ def measure(
         "fit_studies": len(fitted),
         "n": len(checked),
         "positions_per_study": float(np.mean([len(s) for s in checked])),
-        "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "interval": 0.95, "over": "studies"},
-        "reference_nll_per_token": float(nll.sum() / tokens.sum()),
+        "bootstrap": BOOTSTRAP,
+        "reference_nll_per_token": float(nll.sum() / tokens),
         "data": {"fit": data_note(pairs, ("train",)), "check": data_note(pairs, HELD)},
-        "file_types": results,
+        "file_types": {name: _compared(job, name, matrices, checked, nll) for name in file_types},
         "environment": environment(),
     }
+
+
+def _refuse(work: Path, file_types: Sequence[str]) -> None:
+    from rx_edge_export.gguf_quantize import FILE_TYPES
+
+    if work.exists() and any(work.iterdir()):
+        raise UsageError(f"{str(work)!r} is not empty; name a new directory")
+    if not file_types or set(file_types) - set(FILE_TYPES):
+        raise UsageError(f"file types are {list(file_types)}; valid: {', '.join(FILE_TYPES)}")
+
+
+def _compared(
+    job: Job,
+    file_type: str,
+    matrices: Mapping[str, Mapping[str, FloatArray]],
+    checked: Sequence[Stream],
+    nll: Table,
+) -> dict[str, Any]:
+    """One file type with every matrix; a quantised file is removed once it is measured."""
+    from rx_edge_export import gguf_quantize
+
+    counts = resampled(len(checked))
+    found, out = {}, {}
+    for name in MATRICES:
+        file = job.work / f"{name}.{file_type}.gguf"
+        made = gguf_quantize.quantize(
+            job.full, file, file_type=file_type, threads=job.threads, imatrix=matrices[name]
+        )
+        found[name] = list(_distances(job, file, checked))
+        out[name] = {**_summary(found[name], nll, counts), **made}
+        file.unlink()
+    return {**out, "kl_differences": _differences(found, counts)}
 
 
 def every_logit(language: GgufLanguage, stream: Stream) -> FloatArray:
@@ -172,24 +200,23 @@ def distance(wanted: FloatArray, found: FloatArray, ids: Sequence[int]) -> Dista
 
 
 def _prepare(
-    run: Path, pairs: Path, work: Path, fit: int, check: int, progress: Progress
-) -> tuple[list[Stream], list[Stream], Path]:
-    """Streams of both sets, the merged model in `work`/merged, and its float32 GGUF."""
+    job: Job, run: Path, pairs: Path, fit: int, check: int
+) -> tuple[list[Stream], list[Stream]]:
+    """Streams of both sets; writes the merged model and its float32 GGUF."""
     from rx_edge.model.report_model import load_run
     from rx_edge_export import llm_gguf as writer
     from rx_edge_export.merge_lora import merge
 
     model = load_run(run)
-    fitted = _streams(model, pairs, ("train",), fit, progress)
-    checked = _streams(model, pairs, HELD, check, progress)
-    merge(model, work / "merged", [])
-    full = work / "llm.F32.gguf"
-    writer.write(work / "merged", full, dtype="f32", name="imatrix comparison")
-    return fitted, checked, full
+    fitted = _streams(job, model, pairs, ("train",), fit)
+    checked = _streams(job, model, pairs, HELD, check)
+    merge(model, job.merged, [])
+    writer.write(job.merged, job.full, dtype="f32", name="imatrix comparison")
+    return fitted, checked
 
 
 def _streams(
-    model: ReportModel, pairs: Path, splits: Sequence[str], limit: int, progress: Progress
+    job: Job, model: ReportModel, pairs: Path, splits: Sequence[str], limit: int
 ) -> list[Stream]:
     import torch
 
@@ -199,13 +226,11 @@ def _streams(
         with torch.inference_mode():
             soft = model.encoder(torch.from_numpy(study.pixels))[0].numpy()
         out.append(Stream(model.prompt, soft, study.ids))
-        progress(f"encoding {' + '.join(splits)}", number, len(studies), "")
+        job.progress(f"encoding {' + '.join(splits)}", number, len(studies), "")
     return out
 
 
-def _matrices(
-    merged: Path, fitted: Sequence[Stream], progress: Progress
-) -> dict[str, dict[str, FloatArray]]:
+def _matrices(job: Job, fitted: Sequence[Stream]) -> dict[str, dict[str, FloatArray]]:
     from rx_edge_export import imatrix
 
     found: dict[str, dict[str, FloatArray]] = {"none": {}}
@@ -215,8 +240,8 @@ def _matrices(
             (s.soft if name == "multimodal" else None, [i for i in s.ids if i != s.prompt.end])
             for s in fitted
         ]
-        tick = functools.partial(_tick, progress, f"importance matrix: {name}", len(seen))
-        found[name] = imatrix.collect(merged, fitted[0].prompt, seen, tick)
+        tick = functools.partial(_tick, job.progress, f"importance matrix: {name}", len(seen))
+        found[name] = imatrix.collect(job.merged, fitted[0].prompt, seen, tick)
     return found
 
 
@@ -224,39 +249,34 @@ def _tick(progress: Progress, what: str, of: int, done: int) -> None:
     progress(what, done, of, "")
 
 
-def _opened(file: Path, streams: Sequence[Stream], threads: int) -> GgufLanguage:
-    return llm_gguf.open(file, n_ctx=max(map(len, streams)), threads=threads, exact=True)
+def _opened(job: Job, file: Path, streams: Sequence[Stream]) -> GgufLanguage:
+    return llm_gguf.open(file, n_ctx=max(map(len, streams)), threads=job.threads, exact=True)
 
 
-def _write_reference(
-    full: Path, streams: Sequence[Stream], work: Path, threads: int, progress: Progress
-) -> Table:
-    """The float32 model's logits of every study into `work`; returns nats per study."""
+def _write_reference(job: Job, streams: Sequence[Stream]) -> Table:
+    """The float32 model's logits of every study, to disk; returns nats per study."""
     nll = []
-    with _opened(full, streams, threads) as language:
+    with _opened(job, job.full, streams) as language:
         for number, stream in enumerate(streams):
             logits = every_logit(language, stream)
-            np.save(work / f"{number}.npy", logits)
+            np.save(job.logits(number), logits)
             nll.append(-float(log_probabilities(logits[-len(stream.ids) :], stream.ids).sum()))
-            progress("float32", number + 1, len(streams), "")
+            job.progress("float32", number + 1, len(streams), "")
     return np.asarray(nll, np.float64)
 
 
-def _distances(
-    file: Path, streams: Sequence[Stream], work: Path, threads: int, progress: Progress
-) -> Iterator[Distance]:
-    with _opened(file, streams, threads) as language:
+def _distances(job: Job, file: Path, streams: Sequence[Stream]) -> Iterator[Distance]:
+    with _opened(job, file, streams) as language:
         for number, stream in enumerate(streams):
-            wanted: FloatArray = np.load(work / f"{number}.npy")
+            wanted: FloatArray = np.load(job.logits(number))
             yield distance(wanted, every_logit(language, stream), stream.ids)
-            progress(file.stem, number + 1, len(streams), "")
+            job.progress(file.stem, number + 1, len(streams), "")
 
 
-def _summary(
-    rows: Sequence[Distance], reference: Table, tokens: Table, counts: Table
-) -> dict[str, Any]:
+def _summary(rows: Sequence[Distance], reference: Table, counts: Table) -> dict[str, Any]:
     """Figures over all positions, and over those that predict the report."""
     nll = np.asarray([row.nll for row in rows])
+    tokens = np.asarray([row.targets for row in rows], np.float64)
     return {
         "all_positions": _positions([(r.kl, r.changed) for r in rows], counts),
         "report_positions": _positions(

@@ -107,18 +107,7 @@ def check(
         texts = [wrapped(opened.manifest.prompt, prompt) for prompt in prompts]
         ids = [encode(session.tokenizer, text) for text in texts]
         ours = [_greedy(session, row, max_new_tokens) for row in ids]
-        file = opened.path(artifact.file)
-        peers = {
-            name: _llama_cpp(session, file, texts, ids, max_new_tokens, flash_attn=flash)
-            for name, flash in LLAMA_CPP.items()
-        }
-        peers["openvino-genai"] = _openvino(session, file, ids, max_new_tokens)
-        decode = session.tokenizer.decode
-        for peer in peers.values():
-            said = peer.pop("said", None)
-            if said is not None:
-                peer["prompts"] = [judge(o, row, decode) for o, row in zip(ours, said, strict=True)]
-                peer["identical"] = sum(p["identical"] for p in peer["prompts"])
+        peers = _peers(session, opened.path(artifact.file), texts, ids, ours, max_new_tokens)
     return {
         "schema": SCHEMA,
         "bundle_sha256": opened.digest,
@@ -132,6 +121,29 @@ def check(
         "peers": peers,
         "environment": environment(),
     }
+
+
+def _peers(
+    session: Session,
+    file: Path,
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    ours: Sequence[Said],
+    limit: int,
+) -> dict[str, Any]:
+    peers = {
+        name: _llama_cpp(session, file, texts, ids, limit, flash_attn=flash)
+        for name, flash in LLAMA_CPP.items()
+    }
+    peers["openvino-genai"] = _openvino(session, file, ids, limit)
+    decode = session.tokenizer.decode
+    for peer in peers.values():
+        said = peer.pop("said", None)  # None: it did not run
+        if said is not None:
+            verdicts = [judge(o, row, decode) for o, row in zip(ours, said, strict=True)]
+            peer["identical"] = sum(v["identical"] for v in verdicts)
+            peer["prompts"] = verdicts
+    return peers
 
 
 def wrapped(prompt: PromptConfig, instruction: str) -> str:

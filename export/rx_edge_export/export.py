@@ -80,6 +80,10 @@ def export(
     mouths = targets.chosen(config.language, targets.LANGUAGE, "--llm")
     if config.stock:
         stock.refuse_without_gguf(mouths)
+    if config.llm_exporter == "optimum" and any(
+        t.format == "llm_onnx" and t.precision != "fp32" for t in mouths
+    ):
+        raise UsageError("llm_exporter 'optimum' makes onnx:fp32 only; leave other --llm onnx out")
     _check_target(out, force)
     plan.refuse_unfit(plan.make(run, config, out.parent), config.memory_gb)
     recipe = load_toml(run / "recipe.toml", TrainRecipe)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import rx_edge
-from rx_edge.cli import demonstration, exporting, models, packaging, running, training
+from rx_edge.cli import demonstration, exporting, models, packaging, running, studies, training
 from rx_edge.cli.common import Group
 
 app = typer.Typer(
@@ -29,6 +29,14 @@ app.add_typer(_models, name="models")
 _models.command("fetch")(models.fetch_models)
 _models.command("add")(models.add)
 _models.command("list")(models.list_models)
+_study = typer.Typer(
+    cls=Group, help="The measurements behind published figures.", no_args_is_help=True
+)
+app.add_typer(_study, name="study")
+_study.command("deployment-loss")(studies.deployment_loss)
+_study.command("imatrix")(studies.imatrix)
+_study.command("peers")(studies.peers)
+_study.command("export-memory")(studies.export_memory)
 app.command()(training.train)
 app.command()(exporting.export)
 app.command()(exporting.verify)

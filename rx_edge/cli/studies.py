@@ -118,6 +118,21 @@ def peers(
     _deliver(checks[0] if len(checks) == 1 else {"schema": SCHEMA, "checks": checks}, out)
 
 
+def export_memory(
+    tokenizer: Annotated[Path, typer.Argument(help="directory with a tokenizer.json")],
+    layers: Annotated[str, typer.Option("--layers", help="two numbers of layers")] = "2,4",
+    out: JsonFile = None,
+) -> None:
+    """Peak memory of merging, converting and quantising 7B geometry, per number of layers."""
+    require_export()
+    from rx_edge_bench.export_memory import measure
+
+    counts = [int(n) for n in layers.split(",")]
+    with tempfile.TemporaryDirectory(prefix="rx-edge-") as work:
+        result = measure(Path(work), tokenizer, layers=counts, progress=say)
+    _deliver(result, out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)

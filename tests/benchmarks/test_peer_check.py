@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from rx_edge.bundle import open_bundle
+from rx_edge.cli import studies
 from rx_edge.errors import UsageError
 from rx_edge_bench import peer_check
 from rx_edge_bench.peer_check import SCHEMA, VARIABLE, Said, check, first_difference, judge
@@ -25,14 +28,16 @@ def _no_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_llama_cpp_python_says_the_same(tiny_bundle: Path) -> None:
     result = check(tiny_bundle, "gguf:F16", PROMPTS, max_new_tokens=24, threads=1)
     assert (result["schema"], result["artifact"]) == (SCHEMA, "gguf:F16")
-    peer = result["peers"]["llama-cpp-python"]
-    assert peer["ran"]
-    assert peer["same_prompt_ids"] == peer["identical"] == len(PROMPTS)
-    assert peer["prompts"] == [
-        {"identical": True, "first_difference": None, "margin": None} for _ in PROMPTS
-    ]
+    for name, flash in peer_check.LLAMA_CPP.items():
+        peer = result["peers"][name]
+        assert peer["ran"]
+        assert peer["settings"]["flash_attn"] is flash
+        assert peer["same_prompt_ids"] == peer["identical"] == len(PROMPTS)
+        assert peer["prompts"] == [
+            {"identical": True, "first_difference": None, "margin": None} for _ in PROMPTS
+        ]
+        assert "/" not in json.dumps(peer)
     assert max(result["new_tokens"]) > 3  # else there was nothing to compare
-    assert "/" not in json.dumps(result["peers"]["llama-cpp-python"])
 
 
 def test_a_peer_that_runs_another_file_is_caught(
@@ -41,8 +46,10 @@ def test_a_peer_that_runs_another_file_is_caught(
     """As if the peer read the weights of another prompt: the difference has a place and size."""
     faithful = peer_check._llama_cpp
 
-    def swapped(session: Any, file: Path, texts: Any, prompts: Any, limit: int) -> Any:
-        return faithful(session, file, texts, [*prompts[1:], prompts[0]], limit)
+    def swapped(
+        session: Any, file: Path, texts: Any, prompts: Any, *rest: int, **more: bool
+    ) -> Any:
+        return faithful(session, file, texts, [*prompts[1:], prompts[0]], *rest, **more)
 
     monkeypatch.setattr(peer_check, "_llama_cpp", swapped)
     result = check(tiny_bundle, "gguf:F16", PROMPTS[:2], max_new_tokens=24, threads=1)
@@ -73,7 +80,6 @@ def test_the_other_interpreter_is_asked_and_judged(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for OpenVINO that ends at once: the protocol works, and the end is a token."""
-    end = open_bundle(tiny_bundle)
     fake = tmp_path / "python"
     fake.write_text(
         f"#!{sys.executable}\nimport json, sys\nasked = json.load(sys.stdin)\n"
@@ -85,10 +91,23 @@ def test_the_other_interpreter_is_asked_and_judged(
     fake.chmod(0o755)
     monkeypatch.setenv(VARIABLE, str(fake))
     result = check(tiny_bundle, "gguf:F16", PROMPTS[:1], max_new_tokens=8, threads=1)
-    assert result["bundle_sha256"] == end.digest
+    assert result["bundle_sha256"] == open_bundle(tiny_bundle).digest
     peer = result["peers"]["openvino-genai"]
     assert (peer["ran"], peer["identical"]) == (True, 0)
     assert peer["prompts"][0]["first_difference"] == 0
+
+
+def test_the_commands_write_one_document(tiny_bundle: Path, tmp_path: Path) -> None:
+    app = typer.Typer()
+    for command in (studies.peers, studies.imatrix, studies.deployment_loss):
+        app.command()(command)
+    out = tmp_path / "peers.json"
+    line = ["peers", str(tiny_bundle), "--llm", "gguf:F16", "--prompt", "The heart", "--threads"]
+    done = CliRunner().invoke(app, [*line, "1", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text("utf-8"))["prompts"] == ["The heart"]
+    for name in ("imatrix", "deployment-loss"):
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 def test_what_cannot_be_compared_is_refused(tiny_bundle: Path) -> None:

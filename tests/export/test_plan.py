@@ -96,5 +96,11 @@ def test_unknown_targets_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=says):
             plan.make(tiny_run, ExportConfig(**{option: names}), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="makes onnx:fp32 only"):
+        export(
+            tiny_run,
+            tmp_path / "o",
+            config=ExportConfig(llm_exporter="optimum", language=("onnx:int8",)),
+        )
     with pytest.raises(UsageError, match="needs a GGUF language model"):
         export(tiny_run, tmp_path / "o", config=ExportConfig(stock=True, language=("onnx:fp32",)))
