@@ -174,6 +174,9 @@ class ExportConfig:
         "multimodal",
         "importance matrix of quantised GGUFs: from soft prompts and reports, reports only, none",
     )
+    on_refusal: Literal["fail", "drop"] = _option(
+        "fail", "an artefact that fails verification: no bundle, or a bundle without it"
+    )
     reduce_range: Literal["auto", "yes", "no"] = _option(
         "auto", "7-bit weights in onnx:int8; auto = where this CPU has no VNNI"
     )

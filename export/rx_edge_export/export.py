@@ -10,6 +10,7 @@ Does not cover: the parts (`artifacts.py`), planning (`plan.py`) and the compari
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import rx_edge
+from rx_edge.backends.llm_onnx import sidecars
 from rx_edge.bundle import (
     MANIFEST,
     Artifact,
@@ -155,12 +157,61 @@ def _verified(
     """Verify the staged bundle and write its manifest, or refuse."""
     found = verify(Bundle(shop.bundle, manifest, ""), shop.steps.detail, drafts)
     verdict = Verdict.of([*stages, *found.stages], found.notes)
+    if not verdict.passed and shop.config.on_refusal == "drop":
+        manifest, verdict = _without_refused(shop.bundle, manifest, verdict)
     if not verdict.passed:
         raise VerificationError(explain(verdict))
     manifest = replace(manifest, verification=verdict)
     with replacing(shop.bundle / MANIFEST) as part:
         part.write_text(json.dumps(to_mapping(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def _without_refused(
+    bundle: Path, manifest: Manifest, verdict: Verdict
+) -> tuple[Manifest, Verdict]:
+    """Leave out what failed, and say so; a default artefact cannot be left out."""
+    refused = {s.artifact for s in verdict.failures()}
+    optional = {a.file for a in (*manifest.vision[1:], *manifest.language[1:], *manifest.stock)}
+    if not refused <= optional - {manifest.vision[0].file, manifest.language[0].file}:
+        return manifest, verdict
+    gone = [name for file in refused for name in (file, *map(_name, sidecars(bundle / file)))]
+    for name in gone:
+        (bundle / name).unlink(missing_ok=True)
+    keep = {
+        half: tuple(a for a in getattr(manifest, half) if a.file not in refused)
+        for half in ("vision", "language", "stock")
+    }
+    left_out = [s for s in verdict.stages if s.artifact in refused]
+    notes = [
+        f"refused and left out: {s.artifact} ({s.stage} {s.value:.3g}, {s.tolerance:.3g} allowed)"
+        for s in verdict.failures()
+    ]
+    lineage = {**manifest.lineage, "refused": [dataclasses.asdict(s) for s in left_out]}
+    sbom.write(
+        bundle / sbom.SBOM,
+        model=manifest.name,
+        version=manifest.pairing,
+        files=_files(bundle),
+        licences=manifest.lineage["licences"],
+    )
+    smaller = replace(
+        manifest,
+        files=_files(bundle, sbom.SBOM),
+        lineage=lineage,
+        vision=keep["vision"],
+        language=keep["language"],
+        stock=keep["stock"],
+    )
+    names = tuple(f"{a.name}: " for half in keep.values() for a in half)
+    about_others = tuple(n for n in verdict.notes if ": " not in n or n.startswith(names)
+                         or n.startswith("not run"))  # fmt: skip
+    kept = [s for s in verdict.stages if s.artifact not in refused]
+    return smaller, Verdict.of(kept, (*about_others, *notes))
+
+
+def _name(path: Path) -> str:
+    return path.name
 
 
 def explain(verdict: Verdict) -> str:
