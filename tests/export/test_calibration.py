@@ -57,9 +57,7 @@ def test_a_corpus_gives_two_disjoint_sets(many_pairs: Path) -> None:
     assert found.fit[0].pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert all(s.report for s in found.fit)
     again = calibration.load(many_pairs / "pairs.jsonl", [], RECIPE, 50)
-    assert [s.name for s in again.fit] == [
-        s.name for s in found.fit
-    ]
+    assert [s.name for s in again.fit] == [s.name for s in found.fit]
 
 
 def test_too_few_studies_are_refused(tiny_pairs: Path) -> None:
