@@ -60,7 +60,7 @@ said = []
 for ids in asked["prompts"]:
     tensor = openvino.Tensor(numpy.asarray([ids], numpy.int64))
     said.append([int(t) for t in pipe.generate(tensor, config).tokens[0]])
-print("\\n" + json.dumps({"version": openvino_genai.__version__, "said": said}))
+sys.stdout.write("\\n" + json.dumps({"version": openvino_genai.__version__, "said": said}) + "\\n")
 """
 
 
