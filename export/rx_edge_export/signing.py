@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,9 @@ def _explain(error: Exception) -> str:
         return _WRONG_KEY
     said = text.removeprefix("Signature mismatch: ")
     if said != text:
+        # the library quotes raw digests, whose quoting depends on their bytes
+        changed = re.search(r"Hash mismatch for \\*'([^'\\]+)", said)
+        said = f"Hash mismatch for '{changed[1]}'" if changed else said
         return f"its files are not those that were signed: {said}; do not run it, fetch it again"
     return f"the signature cannot be checked ({text or type(error).__name__}); fetch it again"
 
