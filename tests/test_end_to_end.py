@@ -137,8 +137,8 @@ def test_what_the_verification_said_is_on_every_draft(
     copy = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, copy)
     manifest = json.loads((copy / MANIFEST).read_text("utf-8"))
-    note = "gguf:Q8_0: 9 of 50 drafts differ from the trained model's"
-    manifest["verification"]["notes"] = [note, "gguf:Q4_K_M: something else"]
+    note = "llm.Q8_0.gguf: 9 of 50 drafts differ from the trained model's"
+    manifest["verification"]["notes"] = [note, "llm.Q4_K_M.gguf: something else"]
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     for language, wanted in (("Q8_0", [note]), ("F16", [])):
         with open_session(copy, language=language, max_new_tokens=4) as session:

@@ -13,6 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,10 @@ def vision(shop: Workshop, targets: Sequence[Target], pairing: str) -> tuple[Art
             files[target.file] = _from_fp32(shop, target, source)
         details = files[target.file]
         if target.format == "vision_tensorrt":
-            file = shop.bundle / target.file
             built = shop.steps.run(
                 f"TensorRT takes {target.name}",
                 list,
-                lambda file=file: vision_tensorrt.check(file),  # type: ignore[misc]
+                partial(vision_tensorrt.check, shop.bundle / target.file),
             )
             limits = [
                 tolerances.limit(table, target.precision)

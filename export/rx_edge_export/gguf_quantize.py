@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
 from rx_edge_export.atomic import replacing
 
+K_BLOCK = 256  # weights that share a scale in k-quants
 FILE_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_NL")
 
 
@@ -34,8 +36,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantise a float GGUF with llama.cpp.
 
-    The histogram is read from the result: rows whose length does not fit a block are stored
-    in another type without a warning.
+    Rows whose length does not fit a block are stored in another type without a warning, so the
+    histogram is read from the result. Where Q5_K_M would fall back to Q5_1 they become Q8_0:
+    with Q5_1 the demo model (rows of 576) repeated itself, see docs/decisions/0002.
 
     Args:
         file_type: one of `FILE_TYPES`.
@@ -61,6 +64,11 @@ def quantize(
     entries, arrays = _c_imatrix(api, src, imatrix or {})
     if arrays:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(api.llama_model_imatrix_data))
+    overrides = _c_overrides(api, src) if file_type == "Q5_K_M" else None
+    if overrides is not None:
+        params.tt_overrides = ctypes.cast(
+            overrides, ctypes.POINTER(api.llama_model_tensor_override)
+        )
     last_errors()  # forget older ones
     with replacing(out) as part:
         code = api.llama_model_quantize(os.fsencode(src), os.fsencode(part), ctypes.byref(params))
@@ -82,6 +90,20 @@ def tensor_types(path: Path) -> dict[str, int]:
     """How many tensors of a GGUF file have which type, e.g. {"F32": 5, "Q8_0": 15}."""
     counts = Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors)
     return dict(sorted(counts.items()))
+
+
+def _c_overrides(api: Any, src: Path) -> Any:
+    """Q8_0 for every matrix whose rows fit no block of 256; None where all fit."""
+    names = [
+        t.name for t in gguf.GGUFReader(src).tensors if len(t.shape) == 2 and t.shape[0] % K_BLOCK
+    ]
+    if not names:
+        return None
+    entries = (api.llama_model_tensor_override * (len(names) + 1))()  # ended by one without a name
+    for entry, name in zip(entries, names, strict=False):
+        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.type = int(gguf.GGMLQuantizationType.Q8_0)
+    return entries
 
 
 def _c_imatrix(

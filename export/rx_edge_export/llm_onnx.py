@@ -35,7 +35,7 @@ from rx_edge.errors import BackendError, ExportError
 from rx_edge.model.hub import source, transformers
 from rx_edge_export.atomic import replacing
 from rx_edge_export.onnx_nbits import histogram, mixed_bits, quantise
-from rx_edge_export.vision_onnx import _silence, _strip
+from rx_edge_export.onnx_tracing import silence, strip
 
 OPSET = 20
 TOLERANCE = 1e-3  # fp32: of the largest reference logit; about 1e-6 is reached
@@ -257,7 +257,7 @@ def trace(model: Any) -> ir.Model:
     }
     pairs = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
     try:
-        with _silence(), torch.no_grad():
+        with silence(), torch.no_grad():
             program = torch.onnx.export(
                 _Decoder(model),
                 example,
@@ -305,7 +305,7 @@ def embedding_table(model: Any, dtype: Any) -> Any:
 
 def _save(part: Part, path: Path, pairing: str, name: str) -> None:
     model = part.model
-    _strip(model)
+    strip(model)
     model.graph.name = name or "llm"
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name == reader.MASK:  # torch invents a name for this length

@@ -25,13 +25,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rx_edge import image
+from rx_edge.backends.base import Closing
 from rx_edge.backends.llm_gguf import engine, last_errors
 from rx_edge.bundle import StageResult
 from rx_edge.config import ImageRecipe, PromptConfig
@@ -64,7 +64,7 @@ class Comparison:
     from_float: dict[str, float]
 
 
-class Stock:
+class Stock(Closing):
     """An mmproj and a language model opened by libmtmd, as stock engines do."""
 
     def __init__(self, mmproj: Path, llm: Path, *, exact: bool = True, threads: int = 1) -> None:
@@ -151,17 +151,6 @@ class Stock:
         """Free both models; idempotent."""
         self._release()
         self._context = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_projector(self, mmproj: Path, exact: bool, threads: int) -> Any:
         params = self._mtmd.mtmd_context_params_default()

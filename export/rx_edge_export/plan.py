@@ -29,10 +29,14 @@ from rx_edge_export.targets import Target
 GB = 1e9
 # bytes per weight: a block's bytes / its weights (ggml)
 _BITS = {
-    "F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q5_1": 6.0, "Q5_0": 5.5,
+    "F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q5_0": 5.5,
     "Q4_K": 4.5, "IQ4_NL": 4.5,
 }  # fmt: skip
-_FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # rows not a multiple of 256
+_FALLBACK = {
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q8_0",
+    "Q6_K": "Q8_0",
+}  # rows not a multiple of 256; gguf_quantize.py
 _MAIN = {"Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K", "IQ4_NL": "IQ4_NL"}
 # weight-only ONNX: bits and a float16/32 scale per block of 32, embedding table in float16
 _ONNX_BITS = {"fp32": 32.0, "fp16": 16.0, "int8": 9.0, "int4": 5.9}
@@ -244,7 +248,8 @@ def _weights_in(files: Sequence[Path]) -> int:
     total = 0
     for file in files:
         with safe_open(file, "np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # not a mapping
+            names = tensors.keys()  # a list: the handle is no mapping
+            for name in names:
                 n = 1
                 for side in tensors.get_slice(name).get_shape():
                     n *= side

@@ -73,7 +73,7 @@ def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = 
         eyes, note = _on_this_machine(artifact)
         notes += [note] if note else []
         runnable.append(eyes)
-    seen: dict[str, list[SoftPrompt]] = {}  # soft prompts of the calibration studies
+    seen: dict[str, list[SoftPrompt]] = {}  # by file: the calibration studies
     for number, mouth in enumerate(manifest.language):
         tick(f"verifying {mouth.file}: exact")
         with open_checked(bundle, vision=runnable[0], language=mouth, exact=True) as session:
@@ -88,9 +88,9 @@ def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = 
                     results += _soft_prompts(session, golden)
                 results += _greedy(session, pixels, golden, of_vision=not first)
                 if drafts is not None:
-                    if eyes.name not in seen:
-                        seen[eyes.name] = encode_all(session, drafts)
-                    facts, note = _facts(session, drafts, seen[eyes.name], of_vision=not first)
+                    if eyes.file not in seen:
+                        seen[eyes.file] = encode_all(session, drafts)
+                    facts, note = _facts(session, drafts, seen[eyes.file], of_vision=not first)
                     results += facts
                     notes += [note] if note else []
     return Verdict.of(results, tuple(notes))
@@ -197,7 +197,7 @@ def _facts(
     note = ""
     if (found.changed - found.tied) / found.studies > NOTABLE:
         note = (
-            f"{artifact.name}: {found.changed} of {found.studies} drafts differ from the trained "
+            f"{artifact.file}: {found.changed} of {found.studies} drafts differ from the trained "
             f"model's, {found.changed - found.tied} of them where it was not undecided; prefer a "
             "higher precision"
         )

@@ -10,12 +10,8 @@ Does not cover: quantisation, TensorRT, and language models.
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ import torch
 from rx_edge.backends import vision_onnx as reader
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import ExportError
+from rx_edge_export.onnx_tracing import silence, strip
 
 OPSET = 20  # the first with GELU as one operator
 TOLERANCE = 1e-3  # of the largest reference number; fp32 reaches about 1e-6
@@ -75,7 +72,7 @@ def _trace(module: torch.nn.Module, path: Path, image_size: int, pairing: str) -
     # a batch of 2: torch treats a batch of 1 as a constant
     example = torch.zeros(2, 3, image_size, image_size)
     try:
-        with _silence(), torch.no_grad():
+        with silence(), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 (example,),
@@ -93,29 +90,12 @@ def _trace(module: torch.nn.Module, path: Path, image_size: int, pairing: str) -
             f"torch.onnx cannot export {type(module).__name__}: {first_line}"
         ) from error
     assert program is not None  # only with dynamo=False
-    _strip(program.model)
+    strip(program.model)
     if pairing:
         program.model.metadata_props[PAIRING_KEY] = pairing
     weights = program.model.graph.initializers.values()
     size = sum(value.const_value.nbytes for value in weights if value.const_value is not None)
     program.save(path, external_data=size > SINGLE_FILE_LIMIT)
-
-
-def _strip(model: Any) -> None:
-    """Remove every text that is not needed to compute: it names source files of this machine."""
-    graphs = [model.graph, *model.functions.values()]
-    for holder in (model, *graphs, *_parts(graphs)):
-        holder.doc_string = None
-        holder.metadata_props.clear()
-
-
-def _parts(graphs: list[Any]) -> Iterator[Any]:
-    for graph in graphs:
-        yield from graph.inputs
-        yield from getattr(graph, "initializers", {}).values()
-        for node in graph.all_nodes():
-            yield node
-            yield from node.outputs
 
 
 def _compare(module: torch.nn.Module, path: Path, image_size: int) -> dict[str, Any]:
@@ -138,20 +118,6 @@ def _compare(module: torch.nn.Module, path: Path, image_size: int) -> dict[str, 
             f"{TOLERANCE:.0e} is allowed"
         )
     return {"soft_tokens": tokens, "width": width, "max_error": worst}
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Torch's exporter warns about its own internals; a failure is raised, not logged."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _publish(file: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the runtime asks of an inference engine: two protocols, and nothing about formats.
+"""What the runtime asks of an inference engine: two protocols and the checks they share.
 
 Every artefact carries the pairing hash of the model it belongs to, under `PAIRING_KEY` in its own
 metadata: a vision file and a language file of different models fit by shape and draft nonsense.
@@ -15,13 +15,76 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
+import numpy as np
+
+from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
 
 Segment: TypeAlias = IntArray | SoftPrompt  # token ids (T,) int32, or embeddings (N, D) float32
 
 PAIRING_KEY = "rx_edge.pairing"
+
+
+class Closing:
+    """A context manager whose exit is `close()`, as both protocols promise."""
+
+    def close(self) -> None:
+        """Free what is held; calling it again does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def checked_ids(ids: Any, n_vocab: int) -> IntArray:
+    """Token ids (T,) as int32.
+
+    Raises:
+        BackendError: not integers (T,), or outside the vocabulary.
+    """
+    if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
+        raise BackendError(f"token ids are {ids.dtype} {ids.shape}; integers (T,) are expected")
+    if len(ids) and not (ids.min() >= 0 and ids.max() < n_vocab):
+        raise BackendError(
+            f"token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {n_vocab - 1}"
+        )
+    return np.asarray(ids, np.int32)
+
+
+def checked_embeddings(embeddings: Any, n_embd: int) -> SoftPrompt:
+    """Embeddings (N, D) as C-contiguous float32.
+
+    Raises:
+        BackendError: another width or dtype, or numbers that are not finite.
+    """
+    if embeddings.ndim != 2 or embeddings.shape[1] != n_embd:
+        raise BackendError(
+            f"embeddings have shape {embeddings.shape}; (N, {n_embd}) is expected: "
+            "this soft prompt belongs to another language model"
+        )
+    if embeddings.dtype != np.float32:
+        raise BackendError(f"embeddings are {embeddings.dtype}; float32 is expected")
+    if not np.isfinite(embeddings).all():
+        raise BackendError("the soft prompt holds NaN or infinite numbers")
+    return np.ascontiguousarray(embeddings)
+
+
+def checked_segment(segment: Segment, n_vocab: int, n_embd: int) -> Segment:
+    """Ids or embeddings, told apart by their dimensions."""
+    array = np.asarray(segment)
+    if array.ndim == 1:
+        return checked_ids(array, n_vocab)
+    return checked_embeddings(array, n_embd)
 
 
 class VisionBackend(Protocol):

@@ -21,15 +21,14 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from rx_edge.backends.base import PAIRING_KEY, Segment
+from rx_edge.backends.base import PAIRING_KEY, Closing, Segment, checked_ids, checked_segment
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.optional import require
-from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
+from rx_edge.types import FloatArray, IntArray, Logits
 
 REQUIRES = ("llama_cpp",)
 
@@ -88,7 +87,7 @@ def open(path: Path, *, n_ctx: int, threads: int, exact: bool = False) -> GgufLa
     return GgufLanguage(api, model, context, n_ctx)
 
 
-class GgufLanguage:
+class GgufLanguage(Closing):
     """A `LanguageBackend` (see `base.py` for the contract of every method)."""
 
     device = "cpu"
@@ -121,7 +120,9 @@ class GgufLanguage:
 
     def prefill(self, segments: Sequence[Segment]) -> FloatArray:
         """Append segments; float32 (V,) logits after the last position."""
-        checked = [s for s in map(self._checked, segments) if len(s)]
+        checked = [
+            s for s in (checked_segment(s, self.n_vocab, self.n_embd) for s in segments) if len(s)
+        ]
         self._check_room(sum(map(len, checked)))
         start = self._position
         try:
@@ -135,7 +136,7 @@ class GgufLanguage:
 
     def step(self, ids: IntArray) -> Logits:
         """Append ids (T,); float32 (T, V) logits after every one."""
-        ids = self._checked_ids(np.asarray(ids))
+        ids = checked_ids(np.asarray(ids), self.n_vocab)
         self._check_room(len(ids))
         start = self._position
         try:
@@ -168,17 +169,6 @@ class GgufLanguage:
         """Free context and model; idempotent."""
         self._release()
         self._context = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _append(self, segment: Segment, outputs: Literal["none", "last", "all"]) -> Logits:
         """Decode one checked segment in chunks.
@@ -231,32 +221,6 @@ class GgufLanguage:
                 " the file or this build of llama.cpp is broken"
             )
         return logits
-
-    def _checked(self, segment: Segment) -> Segment:
-        array = np.asarray(segment)
-        return self._checked_ids(array) if array.ndim == 1 else self._checked_embeddings(array)
-
-    def _checked_ids(self, ids: Any) -> IntArray:
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise BackendError(f"token ids are {ids.dtype} {ids.shape}; integers (T,) are expected")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
-            raise BackendError(
-                f"token ids run from {ids.min()} to {ids.max()}; "
-                f"the vocabulary has 0 to {self.n_vocab - 1}"
-            )
-        return np.asarray(ids, np.int32)
-
-    def _checked_embeddings(self, embeddings: Any) -> SoftPrompt:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.n_embd:
-            raise BackendError(
-                f"embeddings have shape {embeddings.shape}; (N, {self.n_embd}) is expected: "
-                "this soft prompt belongs to another language model"
-            )
-        if embeddings.dtype != np.float32:
-            raise BackendError(f"embeddings are {embeddings.dtype}; float32 is expected")
-        if not np.isfinite(embeddings).all():
-            raise BackendError("the soft prompt holds NaN or infinite numbers")
-        return np.ascontiguousarray(embeddings)
 
     def _check_room(self, n: int) -> None:
         self._check_open()

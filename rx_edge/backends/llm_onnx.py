@@ -15,17 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from rx_edge.backends import onnx_engine
-from rx_edge.backends.base import PAIRING_KEY, Segment
+from rx_edge.backends.base import PAIRING_KEY, Closing, Segment, checked_ids, checked_segment
 from rx_edge.errors import BackendError
-from rx_edge.types import FloatArray, IntArray, Logits, SoftPrompt
+from rx_edge.types import FloatArray, IntArray, Logits
 
 REQUIRES = ("onnxruntime",)
 
@@ -88,7 +87,7 @@ def open(
     return model
 
 
-class OnnxLanguage:
+class OnnxLanguage(Closing):
     """A `LanguageBackend` (see `base.py` for the contract of every method)."""
 
     def __init__(self, session: Any, path: Path, n_ctx: int, device: str) -> None:
@@ -117,7 +116,9 @@ class OnnxLanguage:
 
     def prefill(self, segments: Sequence[Segment]) -> FloatArray:
         """Append segments; float32 (V,) logits after the last position."""
-        checked = [s for s in map(self._checked, segments) if len(s)]
+        checked = [
+            s for s in (checked_segment(s, self.n_vocab, self.n_embd) for s in segments) if len(s)
+        ]
         self._check_room(sum(map(len, checked)))
         rows = [self._table.rows(s) if s.ndim == 1 else s for s in checked]
         logits: FloatArray = self._append(np.concatenate(rows), last=True)[0]
@@ -125,7 +126,7 @@ class OnnxLanguage:
 
     def step(self, ids: IntArray) -> Logits:
         """Append ids (T,); float32 (T, V) logits after every one."""
-        ids = self._checked_ids(np.asarray(ids))
+        ids = checked_ids(np.asarray(ids), self.n_vocab)
         self._check_room(len(ids))
         return self._append(self._table.rows(ids), last=False)
 
@@ -160,17 +161,6 @@ class OnnxLanguage:
         """Free the session and the cache; idempotent."""
         self._session = None
         self._cache = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _clear(self) -> None:
         """An empty cache: tensors (1, heads, 0, head_dim)."""
@@ -237,33 +227,6 @@ class OnnxLanguage:
         self._cache, self._visible, self._position = cache, visible, self._position + n
         filled: Logits = logits[0]
         return filled
-
-    def _checked(self, segment: Segment) -> Segment:
-        array = np.asarray(segment)
-        return self._checked_ids(array) if array.ndim == 1 else self._checked_embeddings(array)
-
-    def _checked_ids(self, ids: Any) -> IntArray:
-        if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
-            raise BackendError(f"token ids are {ids.dtype} {ids.shape}; integers (T,) are expected")
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self.n_vocab):
-            raise BackendError(
-                f"token ids run from {ids.min()} to {ids.max()}; "
-                f"the vocabulary has 0 to {self.n_vocab - 1}"
-            )
-        return np.asarray(ids, np.int32)
-
-    def _checked_embeddings(self, embeddings: Any) -> SoftPrompt:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.n_embd:
-            raise BackendError(
-                f"embeddings have shape {embeddings.shape}; (N, {self.n_embd}) is expected: "
-                "this soft prompt belongs to another language model"
-            )
-        if embeddings.dtype != np.float32:
-            raise BackendError(f"embeddings are {embeddings.dtype}; float32 is expected")
-        if not np.isfinite(embeddings).all():
-            raise BackendError("the soft prompt holds NaN or infinite numbers")
-        checked: SoftPrompt = embeddings
-        return checked
 
     def _check_room(self, n: int) -> None:
         self._check_open()

@@ -7,13 +7,12 @@ Does not cover: opening the engine (`onnx_engine.py`), TensorRT, preparing pixel
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from rx_edge.backends import onnx_engine
-from rx_edge.backends.base import PAIRING_KEY
+from rx_edge.backends.base import PAIRING_KEY, Closing
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray
 
@@ -44,7 +43,7 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     return OnnxVision(onnx_engine.session(path, threads=threads, device=device), path, device)
 
 
-class OnnxVision:
+class OnnxVision(Closing):
     """A `VisionBackend` (see `base.py` for the contract)."""
 
     def __init__(self, session: Any, path: Path, device: str) -> None:
@@ -78,17 +77,6 @@ class OnnxVision:
     def close(self) -> None:
         """Free the session; idempotent."""
         self._session = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check_signature(session: Any, path: Path) -> None:

@@ -17,13 +17,12 @@ import ctypes
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from rx_edge.backends import tensorrt_engine as engine_builder
-from rx_edge.backends.base import PAIRING_KEY
+from rx_edge.backends.base import PAIRING_KEY, Closing
 from rx_edge.backends.engine_cache import EngineKey, cache_dir, load_or_build, onnx_sha256, system
 from rx_edge.backends.tensorrt_engine import Library, Progress, Signature
 from rx_edge.backends.vision_onnx import INPUT, OUTPUT
@@ -133,7 +132,7 @@ def _engine(library: Library, runtime: Any, gpu: Gpu, path: Path, progress: Prog
     return load_or_build(cache_dir(), key, plan, runtime.deserialize_cuda_engine, library.reasons)
 
 
-class TensorrtVision:
+class TensorrtVision(Closing):
     """A `VisionBackend` (see `base.py` for the contract)."""
 
     def __init__(
@@ -199,19 +198,8 @@ class TensorrtVision:
             self._gpu.close()
             self._gpu = None
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Gpu:
+class Gpu(Closing):
     """Device 0: what it is, its memory and one stream, through the CUDA driver API."""
 
     def __init__(self) -> None:
@@ -276,17 +264,6 @@ class Gpu:
             self._call("cuMemFree_v2", ctypes.c_uint64(pointer))
         self._call("cuStreamDestroy_v2", ctypes.c_void_p(self.stream))
         self._call("cuDevicePrimaryCtxRelease_v2", self._device)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _attribute(self, number: int) -> int:
         value = ctypes.c_int()

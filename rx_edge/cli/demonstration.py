@@ -54,7 +54,7 @@ def _export_demo(run: Path, out: Path, canary: Path) -> None:
     """Export unless `out` already is the export of exactly this run."""
     from rx_edge.bundle import open_bundle
     from rx_edge_export.export import export as run_export
-    from rx_edge_export.export import export_digest
+    from rx_edge_export.staged_manifest import export_digest
 
     try:
         if open_bundle(out).manifest.lineage.get("export_sha256") == export_digest(run):

@@ -76,7 +76,7 @@ _UNCERTAIN = re.compile(
 # where a negation stops: "no effusion but a large mass"
 _TURN = re.compile(r"\b(?:but|however|although|except|there (?:is|are)|with)\b|[;:]", re.IGNORECASE)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_SIDE = {
+_SIDE: dict[Side, re.Pattern[str]] = {
     "both": re.compile(r"\bbilateral(?:ly)?\b|\bboth\b|\bbi(?:basal|basilar|apical)\b", re.I),
     "left": re.compile(r"\bleft\b|\bleft-sided\b|\blingula\w*", re.I),
     "right": re.compile(r"\bright\b|\bright-sided\b", re.I),
@@ -123,7 +123,7 @@ def _status(sentence: str, start: int, end: int) -> Status:
 
 def _side(sentence: str, at: int) -> Side:
     """The side word nearest to the mention; "left and right" is both."""
-    places = [
+    places: list[tuple[int, Side]] = [
         (abs(match.start() - at), side)
         for side, pattern in _SIDE.items()
         for match in pattern.finditer(sentence)
@@ -132,8 +132,7 @@ def _side(sentence: str, at: int) -> Side:
         return ""
     if re.search(r"\b(?:left and right|right and left)\b", sentence, re.IGNORECASE):
         return "both"
-    nearest: Side = min(places)[1]  # type: ignore[assignment]
-    return nearest
+    return min(places)[1]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rx_edge.backends import registry
-from rx_edge.backends.base import LanguageBackend, VisionBackend
+from rx_edge.backends.base import Closing, LanguageBackend, VisionBackend
 from rx_edge.bundle import Artifact, Bundle, open_bundle
 from rx_edge.config import GenerateConfig
 from rx_edge.errors import BundleError
@@ -22,7 +21,7 @@ BUILT_HERE = ("vision_tensorrt",)  # formats whose engine no verification at exp
 
 
 @dataclass
-class Session:
+class Session(Closing):
     """A loaded bundle.
 
     Attributes:
@@ -47,17 +46,6 @@ class Session:
         """Free both engines."""
         self.vision.close()
         self.language.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_session(
@@ -151,7 +139,7 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
 
 def _warnings(notes: tuple[str, ...], *artifacts: Artifact) -> tuple[str, ...]:
     """What the verification said about the artefacts in use."""
-    return tuple(n for n in notes if any(n.startswith(f"{a.name}: ") for a in artifacts))
+    return tuple(n for n in notes if any(n.startswith(f"{a.file}: ") for a in artifacts))
 
 
 def _note(half: str, artifact: Artifact, device: str, asked: str | Artifact | None) -> str:

@@ -10,10 +10,15 @@ from typer.testing import CliRunner
 
 from rx_edge.bundle import MANIFEST, open_bundle
 from rx_edge.cli import app
-from rx_edge.runtime.session import open_session
+from rx_edge.model.report_model import load_run
+from rx_edge.runtime.session import Session, open_session
+from rx_edge.types import SoftPrompt
 from rx_edge_bench.latency import run_to_end
-from rx_edge_export import recipes, targets
+from rx_edge_export import calibration, recipes, targets, verify_drafts
+from rx_edge_export import verify as verify_module
 from rx_edge_export.export import export
+from rx_edge_export.golden import Drafts
+from rx_edge_export.reference import draft
 
 runner = CliRunner()
 
@@ -78,3 +83,21 @@ def test_verify_on_the_command_line(everything: Path, tmp_path: Path) -> None:
     assert len([n for n in found["notes"] if n.startswith("not run on this machine")]) == 3
     assert all({"stage", "value", "tolerance"} <= set(s) for s in found["stages"])
     assert "not run on this machine: tensorrt:fp8" in html.read_text("utf-8")
+
+
+def test_every_vision_file_is_judged_by_its_own_soft_prompts(
+    everything: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU, tensorrt:int8 runs under the name of another file's artefact."""
+    encoded: list[str] = []
+
+    def encode(session: Session, drafts: Drafts) -> list[SoftPrompt]:
+        encoded.append(session.vision_artifact.file)
+        return verify_drafts.encode(session, drafts)
+
+    monkeypatch.setattr(verify_module, "encode_all", encode)
+    model = load_run(tiny_run)
+    studies = calibration.load(None, [], model.recipe.image, calibration.MINIMUM).check[:2]
+    bundle = open_bundle(everything)
+    verify_module.verify(bundle, drafts=draft(model, studies))
+    assert sorted(encoded) == sorted({a.file for a in bundle.manifest.vision})

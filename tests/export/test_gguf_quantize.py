@@ -87,6 +87,14 @@ def test_every_file_type_of_both_families_runs(tmp_path: Path) -> None:
             assert np.abs(gguf_logits(out) - wanted).mean() < 0.3 * wanted.std()
 
 
+def test_q5_k_m_never_falls_back_to_q5_1(tmp_path: Path) -> None:
+    """Rows of 64 fit no block of 256; Q5_1 made a real model repeat itself."""
+    directory = tiny_llama_dir(tmp_path / "hf")
+    export(directory, tmp_path / "a.gguf")
+    found = quantize(tmp_path / "a.gguf", tmp_path / "q.gguf", file_type="Q5_K_M", threads=1)
+    assert found["tensor_types"] == {"F32": 5, "Q8_0": 15}
+
+
 def importance(path: Path, value: float = 1.0) -> dict[str, Any]:
     return {
         t.name: np.full(int(t.shape[0]), value, np.float32)

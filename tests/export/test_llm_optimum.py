@@ -25,7 +25,7 @@ from torch.export import Dim
 from rx_edge.backends import llm_onnx as reader
 from rx_edge.errors import ExportError, MissingExtraError
 from rx_edge_export import llm_onnx, llm_optimum
-from rx_edge_export.vision_onnx import _silence
+from rx_edge_export.onnx_tracing import silence
 from tests.export.test_llm_onnx import tiny_gpt2_dir
 from tests.factories import tiny_llama_dir
 
@@ -58,7 +58,7 @@ def ids_graph(llama: Path) -> Path:
     example = (*example, torch.arange(7, 12).repeat(2, 1), past)
     batch, seq, before = Dim("batch"), Dim("seq"), Dim("past")
     shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.DYNAMIC}, {0: batch, 1: seq})
-    with _silence(), torch.no_grad():
+    with silence(), torch.no_grad():
         program: Any = torch.onnx.export(
             WithIds(model),
             example,

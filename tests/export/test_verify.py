@@ -13,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from rx_edge.bundle import MANIFEST, describe, open_bundle
 from rx_edge.errors import BackendError, BundleError, UsageError, VerificationError
 from rx_edge.runtime.session import open_session
-from rx_edge_export import export as export_module
-from rx_edge_export.export import export, export_digest
+from rx_edge_export import staged_manifest
+from rx_edge_export.export import export
+from rx_edge_export.staged_manifest import export_digest
 from rx_edge_export.verify import verify
 
 
@@ -162,6 +163,6 @@ def test_a_stale_bundle_is_noticed(
     digests.add(export_digest(run))
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "export.py").write_text("changed", encoding="utf-8")
-    monkeypatch.setattr(export_module, "__file__", str(tmp_path / "code" / "export.py"))
+    monkeypatch.setattr(staged_manifest, "__file__", str(tmp_path / "code" / "export.py"))
     digests.add(export_digest(run))
     assert len(digests) == 4
