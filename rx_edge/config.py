@@ -74,6 +74,20 @@ class GenerateConfig:
 
 
 @dataclass(frozen=True)
+class RuntimeConfig:
+    """How this machine runs a bundle. Every lever of speed can be switched off, to be measured;
+    none changes what a greedy draft says.
+    """
+
+    drafts: bool = _option(True, "propose continuations from training reports, verified in passes")
+    max_draft: int = _option(15, "most tokens proposed per pass; the length is chosen online")
+    prefix_cache: bool = _option(True, "keep the constant instruction in the KV cache")
+    fused_prefill: bool = _option(True, "soft prompt and the text after it in one batch")
+    temperature: float = _option(0.0, "0 = greedy; more = sampled, for studies of a model only")
+    seed: int = _option(0, "of sampling")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The model: vision tower -> pooling -> projector -> soft prompt -> causal LM."""
 
@@ -168,6 +182,11 @@ class ExportConfig:
     )
     calibration: str = _option(
         "", "pairs.jsonl with real studies; empty = variations of the canary studies"
+    )
+    drafts_from: str = _option(
+        "auto",
+        "training reports whose text goes into drafts.bin (de-identified only): auto = the run's "
+        "own corpora that are here; none; a pairs.jsonl, its directory, or one of Open-i XML",
     )
     studies: int = _option(50, "studies to calibrate on, and as many others to compare drafts on")
     imatrix: Literal["multimodal", "text", "none"] = _option(

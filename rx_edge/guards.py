@@ -56,11 +56,14 @@ def check_text(text: str, *, finish: str) -> tuple[str, ...]:
     """Flags on a draft.
 
     Args:
-        finish: "end" when the model ended the draft, "length" when the limit did.
+        finish: "end" when the model ended the draft, "length" when the limit did, "loop" when it
+            was stopped because it repeats itself.
     """
     flags = []
     if finish == "length":
         flags.append("the draft was cut by the length limit")
+    if finish == "loop":
+        flags.append("the draft was cut where it only repeats itself")
     words = re.findall(r"\w+", text.lower())
     if not words:
         flags.append("the draft is empty")

@@ -60,18 +60,32 @@ class TokenChunk:
 
 @dataclass
 class Timings:
-    """Seconds per stage of one study, and the work counted in tokens and passes."""
+    """Seconds per stage of one study, and the work counted in tokens and passes.
+
+    Attributes:
+        read: file to `Radiograph`: parse, decode pixels, render for display.
+        prefill, decode, detokenise: `decode` contains `detokenise`.
+        gaps: seconds between the chunks of the stream, the first one excluded.
+        cached_tokens: of `prompt_tokens`, those kept in the KV cache from an earlier study.
+        drafted_tokens: proposed by the draft index and fed to the model.
+        accepted: proposed tokens that the model would have chosen, per decode pass.
+    """
 
     read: float = 0.0
     prepare: float = 0.0
     vision: float = 0.0
     prefill: float = 0.0
     decode: float = 0.0
+    detokenise: float = 0.0
     time_to_first_token: float = 0.0
     total: float = 0.0
+    gaps: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     decode_passes: int = 0
+    drafted_tokens: int = 0
+    accepted: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,8 @@ class Report:
         banner: the sentence that must accompany the text wherever it is shown.
         flags: what a reader must know before trusting the text (length limit reached, ...).
         token_ids: the ids behind `text`, end-of-text excluded.
-        finish: "end" (the model ended) or "length" (the limit cut it).
+        finish: "end" (the model ended), "length" (the limit cut it) or "loop" (stopped because it
+            repeats itself).
         provenance: bundle digest, backends and their devices, recipe, image hash.
     """
 

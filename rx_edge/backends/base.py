@@ -87,6 +87,30 @@ def checked_segment(segment: Segment, n_vocab: int, n_embd: int) -> Segment:
     return checked_embeddings(array, n_embd)
 
 
+class KnownStart:
+    """Which token ids a KV cache starts with, up to the first embedding.
+
+    A cached prefix is kept only where the cache is known to hold exactly its ids: whatever else
+    was decoded meanwhile, a stale prefix cannot survive.
+    """
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+
+    def append(self, segment: Segment, position: int) -> None:
+        """`segment` was decoded at `position`."""
+        if segment.ndim == 1 and position == len(self._ids):
+            self._ids += segment.tolist()
+
+    def cut(self, position: int) -> None:
+        """Only the first `position` tokens are left."""
+        del self._ids[position:]
+
+    def holds(self, ids: IntArray) -> bool:
+        """Whether the cache starts with `ids`."""
+        return bool(self._ids[: len(ids)] == ids.tolist())
+
+
 class VisionBackend(Protocol):
     """Encoder, pooling and projector in one engine: pixels in, soft prompt out."""
 
@@ -191,6 +215,14 @@ class LanguageBackend(Protocol):
 
         Raises:
             BackendError: as for `prefill`.
+        """
+        ...
+
+    def reuse(self, ids: IntArray) -> int:
+        """Keep `ids` (T,) if the KV cache is known to start with exactly them; drop the rest.
+
+        Returns:
+            How many tokens were kept: T, or 0.
         """
         ...
 

@@ -1,15 +1,16 @@
 """A GGUF language model on the CPU, through llama.cpp's low-level API.
 
-The high-level `Llama` class cannot take embeddings, so this drives `llama_decode` itself: token
-batches for text, embedding batches for the soft prompt (a batch is one or the other). Every
-limit that llama.cpp enforces by aborting the process, or not at all, is checked here first:
-batch size, room in the KV cache, ids outside the vocabulary, NaN.
+The high-level `Llama` class cannot take embeddings, so this drives `llama_decode` itself. A batch
+holds token ids or embeddings, so text next to a soft prompt is looked up on the host
+(`gguf_rows.py`) and both go in as one batch. Every limit that llama.cpp enforces by aborting the
+process, or not at all, is checked here first: batch size, room in the KV cache, ids outside the
+vocabulary, NaN.
 
 `exact=True` computes attention plainly with a float32 KV cache: parity with torch is then
 about 1e-5 and a real conversion fault stands out. Production uses a float16 KV cache and
 flash attention.
 
-Does not cover: GPU builds of llama.cpp, several sequences, saving the KV state, sampling.
+Does not cover: GPU builds of llama.cpp, several sequences (`llm_gguf_parallel.py`), sampling.
 """
 
 from __future__ import annotations
@@ -25,14 +26,25 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from rx_edge.backends.base import PAIRING_KEY, Closing, Segment, checked_ids, checked_segment
+from rx_edge.backends import gguf_batch
+from rx_edge.backends.base import (
+    PAIRING_KEY,
+    Closing,
+    KnownStart,
+    Segment,
+    checked_ids,
+    checked_segment,
+)
+from rx_edge.backends.gguf_batch import Batch, read_logits
+from rx_edge.backends.gguf_rows import EmbeddingRows
+from rx_edge.backends.llm_gguf_parallel import GgufParallel
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.optional import require
 from rx_edge.types import FloatArray, IntArray, Logits
 
 REQUIRES = ("llama_cpp",)
 
-BATCH = 512  # tokens per llama_decode; more than n_batch aborts the process
+BATCH = gguf_batch.SIZE
 OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
 # SmolLM2-135M Q8_0, 2 AVX2 cores under load: on / off within noise (best prefill of 114 tokens
 # 523 / 540 ms, best step 19.0 / 18.8 ms). On, as llama.cpp's own `auto` chooses.
@@ -53,13 +65,16 @@ def is_available() -> str | None:
     return None
 
 
-def open(path: Path, *, n_ctx: int, threads: int, exact: bool = False) -> GgufLanguage:
+def open(
+    path: Path, *, n_ctx: int, threads: int, exact: bool = False, fused: bool = True
+) -> GgufLanguage:
     """Load a GGUF file (memory-mapped, CPU).
 
     Args:
         n_ctx: length of the KV cache in tokens.
         threads: CPU threads; 0 = one per physical core this process may use.
         exact: float32 KV cache and no flash attention, for parity checks; slower.
+        fused: prefill soft prompt and text as one batch; False = one batch for each.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -80,11 +95,19 @@ def open(path: Path, *, n_ctx: int, threads: int, exact: bool = False) -> GgufLa
                 f"{str(path)!r}: n_ctx is {n_ctx} but the model was trained for {trained}; "
                 "ask for less"
             )
-        context = _new_context(api, model, path, n_ctx, threads or _physical_cores(), exact)
+        threads = threads or _physical_cores()
+        context = _new_context(api, model, path, n_ctx, threads, exact)
     except BaseException:
         api.llama_model_free(model)
         raise
-    return GgufLanguage(api, model, context, n_ctx)
+    language = GgufLanguage(api, model, context, path, n_ctx, threads)
+    if fused:
+        try:
+            language.fuse()
+        except BaseException:
+            language.close()
+            raise
+    return language
 
 
 class GgufLanguage(Closing):
@@ -92,24 +115,21 @@ class GgufLanguage(Closing):
 
     device = "cpu"
 
-    def __init__(self, api: Any, model: Any, context: Any, n_ctx: int) -> None:
-        self._api = api
+    def __init__(
+        self, api: Any, model: Any, context: Any, path: Path, n_ctx: int, threads: int
+    ) -> None:
+        self._api, self._model, self._path, self._threads = api, model, path, threads
         self._context: Any = context
         self._vocab = api.llama_model_get_vocab(model)
         self._memory = api.llama_get_memory(context)
         self._n_ctx = n_ctx
         self._position = 0
+        self._start = KnownStart()
+        self._rows: EmbeddingRows | None = None
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(api.llama_model_n_embd(model))
         self.pairing = _metadata(api, model, PAIRING_KEY)
-        # One batch struct whose pointers stay: a step only rewrites these arrays. seq_id stays
-        # NULL, which llama.h defines as sequence 0.
-        self._tokens = np.zeros(BATCH, np.int32)
-        self._positions = np.zeros(BATCH, np.int32)
-        self._wanted = np.zeros(BATCH, np.int8)  # 1 where logits are asked for
-        self._batch = api.llama_batch()
-        self._batch.pos = _pointer(self._positions, ctypes.c_int32)
-        self._batch.logits = _pointer(self._wanted, ctypes.c_int8)
+        self._batch = Batch(api)
         # also runs when the object is dropped without close(); calling it twice does nothing
         self._release = weakref.finalize(self, _free, api, context, model)
 
@@ -118,12 +138,30 @@ class GgufLanguage(Closing):
         """Tokens and embeddings in the KV cache."""
         return self._position
 
+    def fuse(self) -> None:
+        """From now on, prefill text next to a soft prompt in its batch."""
+        self._rows = EmbeddingRows(self._api._lib, self._path, self.n_vocab, self.n_embd)
+
+    def set_threads(self, threads: int) -> None:
+        """Use this many CPU threads from the next call on."""
+        self._check_open()
+        self._threads = threads
+        self._api.llama_set_n_threads(self._context, threads, threads)
+
+    def reuse(self, ids: IntArray) -> int:
+        """Keep `ids` where the KV cache is known to start with them, else nothing."""
+        kept = len(ids) if self._start.holds(ids) else 0
+        self.rewind(kept)
+        return kept
+
     def prefill(self, segments: Sequence[Segment]) -> FloatArray:
         """Append segments; float32 (V,) logits after the last position."""
         checked = [
             s for s in (checked_segment(s, self.n_vocab, self.n_embd) for s in segments) if len(s)
         ]
         self._check_room(sum(map(len, checked)))
+        if self._rows and len(checked) > 1 and any(s.ndim == 2 for s in checked):
+            checked = [np.concatenate([self._rows.rows(s) for s in checked])]
         start = self._position
         try:
             for segment in checked[:-1]:
@@ -154,6 +192,21 @@ class GgufLanguage(Closing):
         if not self._api.llama_memory_seq_rm(self._memory, 0, position, -1):
             self._fail(f"the KV cache cannot be cut at token {position}")
         self._position = position
+        self._start.cut(position)
+
+    def parallel(self, slots: int) -> GgufParallel:
+        """A second context over the same weights, in which `slots` sequences decode together.
+
+        Raises:
+            BackendError: llama.cpp cannot make it, or closed. It must be closed before this model.
+        """
+        self._check_open()
+        rows = self._rows or EmbeddingRows(self._api._lib, self._path, self.n_vocab, self.n_embd)
+        context = _new_context(
+            self._api, self._model, self._path, self._n_ctx, self._threads, False, slots
+        )
+        sizes = self.n_vocab, self.n_embd
+        return GgufParallel(self._api, context, rows, slots=slots, n_ctx=self._n_ctx, sizes=sizes)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids by the tokenizer inside the GGUF, for comparison with the trained one."""
@@ -182,44 +235,34 @@ class GgufLanguage(Closing):
         filled = 0
         for first in range(0, len(segment), size):
             chunk = segment[first : first + size]
-            self._wanted[: len(chunk)] = outputs == "all"
+            wanted = np.full(len(chunk), outputs == "all", np.int8)
             if outputs == "last" and first + len(chunk) == len(segment):
-                self._wanted[len(chunk) - 1] = 1
-            self._decode(chunk)
-            got = int(self._wanted[: len(chunk)].sum())
+                wanted[-1] = 1
+            self._decode(chunk, wanted)
+            got = int(wanted.sum())
             if got:
                 logits[filled : filled + got] = self._read_logits(got)
                 filled += got
         return logits
 
-    def _decode(self, chunk: Segment) -> None:
-        n, batch = len(chunk), self._batch
-        if chunk.ndim == 1:
-            self._tokens[:n] = chunk
-            batch.token, batch.embd = _pointer(self._tokens, ctypes.c_int32), None
-        else:  # zero-copy: the chunk is C-contiguous float32 and outlives the call
-            batch.token, batch.embd = None, _pointer(chunk, ctypes.c_float)
-        batch.n_tokens = n
-        self._positions[:n] = np.arange(self._position, self._position + n)
+    def _decode(self, chunk: Segment, wanted: Any) -> None:
+        n, start = len(chunk), self._position
+        positions = np.arange(start, start + n, dtype=np.int32)
         last_errors()
-        code = self._api.llama_decode(self._context, batch)
+        code = self._batch.decode(self._context, chunk, positions, 0, wanted)
         if code == _NO_ROOM:
-            self._fail(f"no room for {n} tokens after {self._position}")
+            self._fail(f"no room for {n} tokens after {start}")
         if code != 0:
-            self._fail(f"llama_decode returned {code} for {n} tokens at {self._position}")
+            self._fail(f"llama_decode returned {code} for {n} tokens at {start}")
+        self._start.append(chunk, start)
         self._position += n
 
     def _read_logits(self, rows: int) -> Logits:
         """The last call's logits, still in llama.cpp's memory: copy before the next call."""
-        pointer = self._api.llama_get_logits(self._context)
-        if not pointer:
+        logits = read_logits(self._api, self._context, rows, self.n_vocab)
+        if logits is None:
             self._fail("llama.cpp computed no logits")
-        logits: Logits = np.ctypeslib.as_array(pointer, (rows, self.n_vocab))
-        if not np.isfinite(logits).all():
-            raise BackendError(
-                f"the language model returned NaN or infinite logits before token {self._position};"
-                " the file or this build of llama.cpp is broken"
-            )
+        check_finite(logits, self._position)
         return logits
 
     def _check_room(self, n: int) -> None:
@@ -240,8 +283,17 @@ class GgufLanguage(Closing):
         raise BackendError(what + _reason())
 
 
-def _pointer(array: Any, kind: Any) -> Any:
-    return array.ctypes.data_as(ctypes.POINTER(kind))
+def check_finite(logits: Logits, position: int) -> None:
+    """Refuse NaN and infinity: nothing may be drafted from nonsense.
+
+    Raises:
+        BackendError: some number is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise BackendError(
+            f"the language model returned NaN or infinite logits before token {position};"
+            " the file or this build of llama.cpp is broken"
+        )
 
 
 def _metadata(api: Any, model: Any, key: str) -> str:
@@ -279,11 +331,17 @@ def _load_model(api: Any, path: Path) -> Any:
     return model
 
 
-def _new_context(api: Any, model: Any, path: Path, n_ctx: int, threads: int, exact: bool) -> Any:
+def _new_context(
+    api: Any, model: Any, path: Path, n_ctx: int, threads: int, exact: bool, slots: int = 1
+) -> Any:
+    """A context whose `slots` sequences have `n_ctx` tokens each."""
     params = api.llama_context_default_params()
-    params.n_ctx = n_ctx
+    # one cache per sequence; llama.cpp divides n_ctx among them and wants multiples of 256
+    params.n_seq_max, params.kv_unified = slots, slots == 1
+    params.n_ctx = n_ctx if slots == 1 else -(-n_ctx // 256) * 256 * slots
     params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
-    params.n_outputs_max = params.n_outputs_max_per_seq = min(OUTPUTS, n_ctx)
+    params.n_outputs_max_per_seq = min(OUTPUTS, n_ctx)
+    params.n_outputs_max = params.n_outputs_max_per_seq * slots
     params.n_threads = params.n_threads_batch = threads
     params.offload_kqv = params.op_offload = False  # stay on the CPU in a GPU build as well
     params.no_perf = True

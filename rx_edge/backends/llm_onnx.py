@@ -22,7 +22,14 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from rx_edge.backends import onnx_engine
-from rx_edge.backends.base import PAIRING_KEY, Closing, Segment, checked_ids, checked_segment
+from rx_edge.backends.base import (
+    PAIRING_KEY,
+    Closing,
+    KnownStart,
+    Segment,
+    checked_ids,
+    checked_segment,
+)
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray, IntArray, Logits
 
@@ -51,7 +58,13 @@ def is_available() -> str | None:
 
 
 def open(
-    path: Path, *, n_ctx: int, threads: int, exact: bool = False, device: str = "cpu"
+    path: Path,
+    *,
+    n_ctx: int,
+    threads: int,
+    exact: bool = False,
+    fused: bool = True,
+    device: str = "cpu",
 ) -> OnnxLanguage:
     """Load an ONNX language model.
 
@@ -60,6 +73,7 @@ def open(
         threads: CPU threads; 0 = one per physical core (ONNX Runtime's own choice).
         exact: for parity checks. The file fixes the arithmetic on a CPU, so this changes
             nothing there; on CUDA it forbids TF32.
+        fused: changes nothing: the graph takes embeddings, so all segments go in together.
         device: "cpu" or "cuda".
 
     Raises:
@@ -107,6 +121,7 @@ class OnnxLanguage(Closing):
         self._table = _Table(sidecars(path)[1], self.n_vocab, self.n_embd, self.pairing)
         self._cache: dict[str, Any] = {}
         self._position, self._visible = 0, np.zeros(0, np.int64)
+        self._start = KnownStart()
         self._clear()
 
     @property
@@ -121,20 +136,34 @@ class OnnxLanguage(Closing):
         ]
         self._check_room(sum(map(len, checked)))
         rows = [self._table.rows(s) if s.ndim == 1 else s for s in checked]
+        position = self._position
         logits: FloatArray = self._append(np.concatenate(rows), last=True)[0]
+        for segment in checked:
+            self._start.append(segment, position)
+            position += len(segment)
         return logits
 
     def step(self, ids: IntArray) -> Logits:
         """Append ids (T,); float32 (T, V) logits after every one."""
         ids = checked_ids(np.asarray(ids), self.n_vocab)
         self._check_room(len(ids))
-        return self._append(self._table.rows(ids), last=False)
+        position = self._position
+        logits = self._append(self._table.rows(ids), last=False)
+        self._start.append(ids, position)
+        return logits
+
+    def reuse(self, ids: IntArray) -> int:
+        """Keep `ids` where the KV cache is known to start with them, else nothing."""
+        kept = len(ids) if self._start.holds(ids) else 0
+        self.rewind(kept)
+        return kept
 
     def rewind(self, position: int) -> None:
         """Keep the first `position` tokens."""
         self._check_open()
         if not 0 <= position <= self._position:
             raise BackendError(f"rewind to {position}: the KV cache holds {self._position} tokens")
+        self._start.cut(position)
         if position == 0:
             self._clear()
         elif position < self._position:

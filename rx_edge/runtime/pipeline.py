@@ -1,10 +1,11 @@
 """One study in, one streamed draft out.
 
-read -> guard -> prepare -> vision -> prefill -> decode. Decoding is greedy: the same study and
-bundle give the same draft. The text is streamed in whole characters, each chunk with its
-measurements; benchmarks time this very stream.
+read -> guard -> prepare -> vision -> prefill -> decode. Decoding is greedy unless asked otherwise:
+the same study and bundle give the same draft. The text is streamed in whole characters, each chunk
+with its measurements; benchmarks time this very stream. Closing the generator cancels the draft;
+the session stays usable.
 
-Does not cover: several studies at once, speculative drafting, sampling.
+Does not cover: several studies at once (`worklist.py`), how tokens are chosen (`decoding.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tokenizers.decoders import DecodeStream
 from rx_edge import guards, image
 from rx_edge.prompting import layout
 from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.decoding import Draft, Sampler, decode, greedy
 from rx_edge.runtime.session import Session
 from rx_edge.types import FloatArray, Radiograph, Report, Timings, TokenChunk
 
@@ -68,49 +70,59 @@ def encode(session: Session, pixels: FloatArray, timings: Timings) -> FloatArray
 
 
 def _prefill(session: Session, soft_prompt: FloatArray, timings: Timings) -> FloatArray:
+    """The prompt into the KV cache, what is there already excepted; logits (V,) after it."""
     started = time.perf_counter()
-    segments = layout(session.prompt, soft_prompt)
-    session.language.rewind(0)
-    logits = session.language.prefill(segments)
+    _, image_slot, after = layout(session.prompt, soft_prompt)
+    before = np.asarray(session.prompt.before, np.int32)
+    language = session.language
+    if session.runtime.prefix_cache:
+        timings.cached_tokens = language.reuse(before)
+        if timings.cached_tokens < len(before):
+            language.prefill([before])
+        logits = language.prefill([image_slot, after])
+    else:
+        language.rewind(0)
+        logits = language.prefill([before, image_slot, after])
     timings.prefill = time.perf_counter() - started
-    timings.prompt_tokens = sum(len(s) for s in segments)
+    timings.prompt_tokens = len(before) + len(image_slot) + len(after)
     return logits
 
 
 def _decode(
     session: Session, logits: FloatArray, timings: Timings
 ) -> Generator[TokenChunk, None, tuple[list[int], str, str]]:
-    """Greedy decoding until the end token or the limit; returns ids, text and the reason."""
+    """Stream the draft; returns ids, text and why it stopped."""
     stream: Any = DecodeStream(skip_special_tokens=True)
-    # the last token is never fed back, so the context must hold prompt + limit - 1
-    room = session.generate.n_ctx - timings.prompt_tokens + 1
-    limit = min(session.generate.max_new_tokens, room)
-    ids: list[int] = []
+    growing = new_draft(session, timings)
+    steps = decode(session.language, logits, growing, session.drafter)
     parts: list[str] = []
     started = last = time.perf_counter()
-    while len(ids) < limit:
-        token = int(logits.argmax())
-        if token == session.prompt.end:
-            timings.decode = time.perf_counter() - started
-            return ids, "".join(parts).strip(), "end"
-        ids.append(token)
-        text = stream.step(session.tokenizer, token) or ""
+    for number, step in enumerate(steps):
+        arrived = time.perf_counter()
+        text = "".join(stream.step(session.tokenizer, token) or "" for token in step.ids)
         parts.append(text)
         now = time.perf_counter()
-        timings.new_tokens = len(ids)
-        yield TokenChunk(text, (token,), (_log_probability(logits, token),), now - last)
+        timings.detokenise += now - arrived
+        if number:
+            timings.gaps.append(now - last)
+        yield TokenChunk(text, step.ids, step.logprobs, now - last)
         last = time.perf_counter()
-        if len(ids) < limit:
-            logits = session.language.step(np.asarray([token], np.int32))[-1]
-            timings.decode_passes += 1
     timings.decode = time.perf_counter() - started
-    return ids, "".join(parts).strip(), "length"
+    return growing.ids, "".join(parts).strip(), growing.finish or ""
 
 
-def _log_probability(logits: FloatArray, token: int) -> float:
-    """Natural-log probability of `token` under softmax(logits)."""
-    top = float(logits.max())
-    return float(logits[token]) - top - float(np.log(np.exp(logits - top).sum()))
+def new_draft(session: Session, timings: Timings) -> Draft:
+    """An empty draft after a prompt of `timings.prompt_tokens`."""
+    runtime = session.runtime
+    # the last token is never fed back, so the context must hold prompt + limit - 1
+    room = session.generate.n_ctx - timings.prompt_tokens + 1
+    return Draft(
+        end=session.prompt.end,
+        limit=min(session.generate.max_new_tokens, room),
+        choose=Sampler(runtime.temperature, runtime.seed) if runtime.temperature else greedy,
+        drafter=session.drafter,
+        timings=timings,
+    )
 
 
 def _provenance(session: Session, radiograph: Radiograph) -> dict[str, str]:

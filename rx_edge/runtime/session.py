@@ -12,10 +12,12 @@ from typing import Any
 from rx_edge.backends import registry
 from rx_edge.backends.base import Closing, LanguageBackend, VisionBackend
 from rx_edge.bundle import Artifact, Bundle, open_bundle
-from rx_edge.config import GenerateConfig
+from rx_edge.config import GenerateConfig, RuntimeConfig
+from rx_edge.draft_index import open_drafts
 from rx_edge.errors import BundleError
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
 from rx_edge.runtime import self_check
+from rx_edge.runtime.drafting import Drafter
 
 BUILT_HERE = ("vision_tensorrt",)  # formats whose engine no verification at export has seen
 
@@ -25,6 +27,7 @@ class Session(Closing):
     """A loaded bundle.
 
     Attributes:
+        drafter: proposes tokens from the bundle's report corpus; None = off, or it has none.
         notes: sentences for the user about what was chosen and why.
         warnings: what the verification said about the artefacts in use; flags of every draft.
         unverified: True when the bundle was accepted without a passing verdict.
@@ -38,6 +41,8 @@ class Session(Closing):
     tokenizer: Any
     prompt: PromptIds
     generate: GenerateConfig
+    runtime: RuntimeConfig
+    drafter: Drafter | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     unverified: bool
@@ -46,6 +51,8 @@ class Session(Closing):
         """Free both engines."""
         self.vision.close()
         self.language.close()
+        if self.drafter:
+            self.drafter.index.close()
 
 
 def open_session(
@@ -56,6 +63,7 @@ def open_session(
     max_new_tokens: int | None = None,
     threads: int | None = None,
     allow_unverified: bool = False,
+    runtime: RuntimeConfig | None = None,
 ) -> Session:
     """Check and load a bundle.
 
@@ -63,6 +71,7 @@ def open_session(
         vision, language: artefacts by name, e.g. "onnx:int8", "gguf:Q8_0" or just "Q8_0";
             None = the bundle's default.
         max_new_tokens, threads: override the bundle's settings.
+        runtime: levers of speed, and sampling; None = the defaults.
 
     Raises:
         BundleError: refused; see `rx_edge.bundle`.
@@ -70,7 +79,12 @@ def open_session(
     """
     bundle = open_bundle(root, allow_unverified=allow_unverified)
     return open_checked(
-        bundle, vision=vision, language=language, max_new_tokens=max_new_tokens, threads=threads
+        bundle,
+        vision=vision,
+        language=language,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        runtime=runtime,
     )
 
 
@@ -82,9 +96,10 @@ def open_checked(
     max_new_tokens: int | None = None,
     threads: int | None = None,
     exact: bool = False,
+    runtime: RuntimeConfig | None = None,
 ) -> Session:
     """Load a bundle whose files are already checked; `exact` asks for parity-grade arithmetic."""
-    manifest = bundle.manifest
+    manifest, runtime = bundle.manifest, runtime or RuntimeConfig()
     sees, writes = bundle.vision(vision), bundle.language(language)
     generate = manifest.generate
     if max_new_tokens is not None:
@@ -95,11 +110,16 @@ def open_checked(
     eyes = _open_vision(bundle, sees, generate)
     try:
         language_backend: LanguageBackend = registry.load(writes.format).open(
-            bundle.path(writes.file), n_ctx=generate.n_ctx, threads=generate.threads, exact=exact
+            bundle.path(writes.file),
+            n_ctx=generate.n_ctx,
+            threads=generate.threads,
+            exact=exact,
+            fused=runtime.fused_prefill,
         )
     except BaseException:
         eyes.close()
         raise
+    prompt = prompt_ids(manifest.prompt, tokenizer)
     session = Session(
         bundle=bundle,
         vision_artifact=sees,
@@ -107,8 +127,10 @@ def open_checked(
         vision=eyes,
         language=language_backend,
         tokenizer=tokenizer,
-        prompt=prompt_ids(manifest.prompt, tokenizer),
+        prompt=prompt,
         generate=generate,
+        runtime=runtime,
+        drafter=None,
         notes=(
             _note("vision", sees, eyes.device, vision),
             _note("language", writes, language_backend.device, language),
@@ -118,6 +140,7 @@ def open_checked(
     )
     try:
         _check_pairing(session)
+        session.drafter = _drafter(bundle, prompt.end, runtime)
     except BaseException:
         session.close()
         raise
@@ -135,6 +158,11 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
             backend.close()
             raise
     return backend
+
+
+def _drafter(bundle: Bundle, end: int, runtime: RuntimeConfig) -> Drafter | None:
+    index = open_drafts(bundle) if runtime.drafts and runtime.max_draft else None
+    return Drafter(index, end, runtime.max_draft) if index else None
 
 
 def _warnings(notes: tuple[str, ...], *artifacts: Artifact) -> tuple[str, ...]:
