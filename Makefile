@@ -16,8 +16,9 @@ LLAMA := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=
 demo: setup ## fetch base models, export, verify, and draft a report for a real chest DICOM
 	$(BIN)/rx-edge demo --out build/demo-bundle
 
-test: setup models ## every test, the demo model on a real DICOM included
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
+test: setup models ## every test, the demo model on a real DICOM included; one thread per worker
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term --cov-fail-under=85
 
 lint: setup ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

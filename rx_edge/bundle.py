@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +30,8 @@ from rx_edge.errors import BundleError, ConfigError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+HASHING = 4  # files hashed at once; hashlib lets go of the interpreter's lock
+DRAFTS = "drafts.bin"  # the report-corpus draft index (`rx_edge.draft_index`), where there is one
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,11 @@ class Bundle:
             raise BundleError(f"{_name(self.root)} {name!r} is not listed in {MANIFEST}: not read")
         return self.root / name
 
+    @property
+    def drafts(self) -> Path | None:
+        """The report-corpus draft index; None when the bundle has none."""
+        return self.path(DRAFTS) if DRAFTS in self.manifest.files else None
+
     def vision(self, choice: str | Artifact | None = None) -> Artifact:
         """The vision artefact "onnx:int8" (or "int8": the first of that precision).
 
@@ -211,20 +219,29 @@ def check_files(root: Path, files: dict[str, FileEntry]) -> None:
     Raises:
         BundleError: a file is missing or differs; the first such file is named.
     """
-    for name, entry in sorted(files.items()):
+    for name in files:
         _check_inside(root, name)
+    with ThreadPoolExecutor(HASHING) as pool:
+        checks = [pool.submit(_check_file, root, *item) for item in sorted(files.items())]
         try:
-            found = describe(root / name)
-        except OSError as error:
-            raise BundleError(
-                f"{_name(root)} {name}: {error.strerror}; restore the file"
-            ) from error
-        if found != entry:
-            raise BundleError(
-                f"{_name(root)} {name} has sha256 {found.sha256[:8]}... ({found.bytes} bytes), "
-                f"{MANIFEST} says {entry.sha256[:8]}... ({entry.bytes} bytes); "
-                "export it again or restore the file"
-            )
+            for check in checks:
+                check.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _check_file(root: Path, name: str, entry: FileEntry) -> None:
+    try:
+        found = describe(root / name)
+    except OSError as error:
+        raise BundleError(f"{_name(root)} {name}: {error.strerror}; restore the file") from error
+    if found != entry:
+        raise BundleError(
+            f"{_name(root)} {name} has sha256 {found.sha256[:8]}... ({found.bytes} bytes), "
+            f"{MANIFEST} says {entry.sha256[:8]}... ({entry.bytes} bytes); "
+            "export it again or restore the file"
+        )
 
 
 def describe(path: Path) -> FileEntry:

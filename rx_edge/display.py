@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rx_edge.bundle import Verdict
 
 if TYPE_CHECKING:
+    from rx_edge.runtime.tuning import Profile
     from rx_edge_export.plan import Plan
 
 
@@ -57,3 +58,17 @@ def plan_tables(plan: Plan) -> list[Any]:
     needs.add_row("of that the KV cache", f"{plan.kv_cache / 1e9:.3f}", "")
     needs.add_row("time for the export (rough)", f"{plan.export_seconds / 60:.1f} min", "")
     return [made, needs]
+
+
+def profile_table(profile: Profile) -> Any:
+    """What `rx-edge tune` measured, as a rich table."""
+    from rich.table import Table
+
+    table = Table("what", "ms", "against one token", title="passes of the language model")
+    for threads, seconds in profile.by_threads.items():
+        chosen = " (used)" if threads == profile.threads else ""
+        table.add_row(f"1 token, {threads} threads{chosen}", f"{seconds * 1e3:.1f}", "")
+    one = profile.pass_seconds[1]
+    for width, seconds in profile.pass_seconds.items():
+        table.add_row(f"{width} tokens", f"{seconds * 1e3:.1f}", f"{seconds / one:.2f}")
+    return table

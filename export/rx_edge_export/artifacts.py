@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from rx_edge.backends.llm_onnx import sidecars
 from rx_edge.bundle import (
+    DRAFTS,
     Artifact,
     StageResult,
     describe,
@@ -46,6 +47,8 @@ from rx_edge_export import (
     vision_tensorrt,
 )
 from rx_edge_export.calibration import Calibration
+from rx_edge_export.draft_corpus import DraftCorpus
+from rx_edge_export.drafts import write as write_drafts
 from rx_edge_export.golden import Drafts
 from rx_edge_export.merge_lora import merge
 from rx_edge_export.reference import draft, read_canaries, write_canaries
@@ -65,6 +68,7 @@ class Workshop:
     steps: Steps
     canaries: Sequence[Path]
     calibration: Calibration
+    corpus: DraftCorpus
     _model: ReportModel | None = None
 
     @property
@@ -140,6 +144,17 @@ def drafts(shop: Workshop) -> Drafts:
         tokens=tuple(tuple(ids) for ids in result["tokens"]),
         margins=tuple(tuple(row) for row in result["margins"]),
     )
+
+
+def draft_index(shop: Workshop) -> None:
+    """`drafts.bin`, where there are reports to make it from."""
+    corpus, out = shop.corpus, shop.bundle / DRAFTS
+    if corpus.reports:
+        shop.steps.run(
+            "draft index of the training reports",
+            lambda: [out],
+            lambda: write_drafts(out, corpus.reports, corpus.tokenizer_sha256),
+        )
 
 
 def merged(shop: Workshop, canaries: Sequence[str]) -> Merged:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rx_edge.atomic import replacing
 from rx_edge.bundle import (
     MANIFEST,
     Bundle,
@@ -27,10 +28,18 @@ from rx_edge.bundle import (
 )
 from rx_edge.config import ExportConfig, TrainRecipe, load_toml, to_mapping
 from rx_edge.errors import RxEdgeError, UsageError, VerificationError
-from rx_edge_export import artifacts, calibration, plan, staged_manifest, stock, targets
+from rx_edge_export import (
+    artifacts,
+    calibration,
+    draft_corpus,
+    plan,
+    staged_manifest,
+    stock,
+    targets,
+)
 from rx_edge_export.artifacts import Workshop
-from rx_edge_export.atomic import replacing
 from rx_edge_export.calibration import Calibration
+from rx_edge_export.draft_corpus import DraftCorpus
 from rx_edge_export.golden import Drafts
 from rx_edge_export.steps import Progress, Steps
 from rx_edge_export.verify import verify
@@ -58,7 +67,8 @@ def export(
         force: replace an existing bundle.
 
     Raises:
-        UsageError: `out` exists, an unknown target, or the plan does not fit this machine.
+        UsageError: `out` exists, an unknown target, no reports where `drafts_from` says, or the
+            plan does not fit this machine.
         ModelError, ExportError: the run is unfinished or cannot be written faithfully.
         VerificationError: the result is not the trained model; nothing is left at `out`.
     """
@@ -72,14 +82,16 @@ def export(
     ):
         raise UsageError("llm_exporter 'optimum' makes onnx:fp32 only; leave other --llm onnx out")
     _check_target(out, force)
-    plan.refuse_unfit(plan.make(run, config, out.parent), config.memory_gb)
+    plan.refuse_unfinished(run)
     recipe = load_toml(run / "recipe.toml", TrainRecipe)
+    corpus = draft_corpus.load(run, recipe, config.drafts_from)
+    plan.refuse_unfit(plan.make(run, config, out.parent, corpus), config.memory_gb)
     source = Path(config.calibration) if config.calibration else None
     studies = calibration.load(source, canaries, recipe.image, config.studies)
-    key = _key(run, config, canaries, studies)
-    total = plan.steps(eyes, mouths, config)
+    key = _key(run, config, canaries, studies, corpus)
+    total = plan.steps(eyes, mouths, config) + bool(corpus.reports)
     with Steps(out.parent / f".{out.name}.partial", key, total, progress) as steps:
-        shop = Workshop(run, config, steps, canaries, studies)
+        shop = Workshop(run, config, steps, canaries, studies, corpus)
         try:
             manifest = _fill(shop, eyes, mouths, recipe)
         except RxEdgeError:
@@ -90,11 +102,18 @@ def export(
     return manifest
 
 
-def _key(run: Path, config: ExportConfig, canaries: Sequence[Path], studies: Calibration) -> str:
+def _key(
+    run: Path,
+    config: ExportConfig,
+    canaries: Sequence[Path],
+    studies: Calibration,
+    corpus: DraftCorpus,
+) -> str:
     parts = [
         staged_manifest.export_digest(run),
         json.dumps(to_mapping(config), sort_keys=True),
         studies.sha256,
+        corpus.sha256,
     ]
     parts += [f"{path.name} {describe(path).sha256}" for path in canaries]
     parts += [f"{k} {v}" for k, v in staged_manifest.versions().items()]
@@ -109,6 +128,7 @@ def _fill(
 ) -> Manifest:
     canaries = artifacts.golden(shop)
     drafts = artifacts.drafts(shop)
+    artifacts.draft_index(shop)
     merged = artifacts.merged(shop, canaries)
     if (shop.run / "MODEL_CARD.md").is_file():
         shutil.copyfile(shop.run / "MODEL_CARD.md", shop.bundle / "MODEL_CARD.md")

@@ -17,10 +17,10 @@ from typing import Any
 import gguf
 import numpy as np
 
+from rx_edge.atomic import replacing
 from rx_edge.backends.llm_gguf import engine, last_errors
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
-from rx_edge_export.atomic import replacing
 
 K_BLOCK = 256  # weights that share a scale in k-quants
 FILE_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_NL")

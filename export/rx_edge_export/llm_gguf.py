@@ -20,11 +20,11 @@ import gguf
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from rx_edge.atomic import replacing
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
 from rx_edge_export import gguf_architectures
-from rx_edge_export.atomic import replacing
 from rx_edge_export.gguf_architectures import Architecture, Tensor
 from rx_edge_export.gguf_tokenizer import add_tokenizer
 

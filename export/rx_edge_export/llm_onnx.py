@@ -28,12 +28,12 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
+from rx_edge.atomic import replacing
 from rx_edge.backends import llm_onnx as reader
 from rx_edge.backends import onnx_engine
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import BackendError, ExportError
 from rx_edge.model.hub import source, transformers
-from rx_edge_export.atomic import replacing
 from rx_edge_export.onnx_nbits import histogram, mixed_bits, quantise
 from rx_edge_export.onnx_tracing import silence, strip
 

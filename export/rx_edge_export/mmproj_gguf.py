@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from rx_edge.atomic import replacing
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.config import ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
-from rx_edge_export.atomic import replacing
 from rx_edge_export.mmproj_check import MARKER
 
 IMAGE_BEGIN, IMAGE_END = "<img>", "</img>"  # libmtmd puts exactly these around an internvl image

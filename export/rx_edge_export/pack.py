@@ -34,9 +34,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import rx_edge
+from rx_edge.atomic import replacing
 from rx_edge.bundle import MANIFEST, Bundle, describe, open_bundle
 from rx_edge.errors import ExportError, UsageError
-from rx_edge_export.atomic import replacing
 from rx_edge_export.signing import SIGNATURE, refuse_unlisted
 from rx_edge_export.steps import Progress
 

@@ -19,10 +19,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from rx_edge.bundle import DRAFTS
 from rx_edge.config import ExportConfig, TrainRecipe, load_toml
 from rx_edge.errors import ModelError, UsageError
 from rx_edge.model.catalogue import locate
-from rx_edge_export import gguf_architectures, targets
+from rx_edge_export import draft_corpus, gguf_architectures, targets
+from rx_edge_export.draft_corpus import DraftCorpus
 from rx_edge_export.gguf_architectures import Architecture, Tensor
 from rx_edge_export.targets import Target
 
@@ -99,18 +101,19 @@ class Plan:
         return found
 
 
-def make(run: Path, config: ExportConfig, where: Path) -> Plan:
+def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | None = None) -> Plan:
     """Plan the export of `run` into a directory below `where`.
 
+    Args:
+        corpus: what `config.drafts_from` names, where it was read already.
+
     Raises:
-        UsageError: unknown targets.
+        UsageError: unknown targets, or no reports where `drafts_from` says.
         ModelError, ConfigError: the run or its base models are not here.
     """
     eyes = targets.chosen(config.vision, targets.VISION, "--vision")
     mouths = targets.chosen(config.language, targets.LANGUAGE, "--llm")
-    for needed in ("recipe.toml", "final/projector.safetensors"):
-        if not (run / needed).is_file():
-            raise ModelError(f"{str(run)!r} is not a finished training run: {needed} is missing")
+    refuse_unfinished(run)
     recipe = load_toml(run / "recipe.toml", TrainRecipe)
     language = Path(locate(recipe.model.language))
     architecture = gguf_architectures.read(language / "config.json")
@@ -120,6 +123,10 @@ def make(run: Path, config: ExportConfig, where: Path) -> Plan:
     rows = [*_vision_rows(eyes, seen), *_language_rows(mouths, architecture, spoken, kv)]
     if config.stock:
         rows.append(Row("stock mmproj", "mmproj.gguf", 4 * seen, int(4 * seen + 0.2 * GB)))
+    corpus = corpus or draft_corpus.load(run, recipe, config.drafts_from)
+    if corpus.reports:  # mapped, and all of it may be read
+        rows.append(Row("report drafts", DRAFTS, corpus.size, corpus.size))
+    notes += [f"{DRAFTS} is made without {reason}" for reason in corpus.left_out]
     files = {row.file: row.disk for row in rows}
     between = 4 * (2 * spoken + seen)  # merged weights, float32 GGUF, float32 ONNX
     floats = 4 * (spoken + seen)
@@ -134,6 +141,17 @@ def make(run: Path, config: ExportConfig, where: Path) -> Plan:
         memory_free=_memory_free(),
         notes=tuple(notes),
     )
+
+
+def refuse_unfinished(run: Path) -> None:
+    """Stop where there is nothing to export yet.
+
+    Raises:
+        ModelError: `run` is not a finished training run.
+    """
+    for needed in ("recipe.toml", "final/projector.safetensors"):
+        if not (run / needed).is_file():
+            raise ModelError(f"{str(run)!r} is not a finished training run: {needed} is missing")
 
 
 def refuse_unfit(plan: Plan, memory_gb: float = 0.0) -> None:

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from rx_edge.atomic import replacing
 from rx_edge.bundle import FileEntry
 from rx_edge.errors import ExportError
 from rx_edge.optional import require
-from rx_edge_export.atomic import replacing
 
 if TYPE_CHECKING:
     from cyclonedx.model.bom import Bom

@@ -24,10 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rx_edge.atomic import replacing
 from rx_edge.bundle import MANIFEST, Bundle, open_bundle
 from rx_edge.errors import BundleError, RxEdgeError, UsageError
 from rx_edge.optional import require
-from rx_edge_export.atomic import replacing
 
 SIGNATURE = "model.sig"
 

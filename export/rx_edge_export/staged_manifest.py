@@ -20,7 +20,7 @@ import rx_edge
 from rx_edge.backends.llm_onnx import sidecars
 from rx_edge.bundle import MANIFEST, Artifact, FileEntry, Manifest, Verdict, describe
 from rx_edge.config import GenerateConfig, TrainRecipe, to_mapping
-from rx_edge_export import sbom
+from rx_edge_export import draft_corpus, sbom
 from rx_edge_export.artifacts import Merged, Workshop
 
 INTENDED_USE = (
@@ -43,7 +43,7 @@ def compose(
         parts: artefacts by field: "vision", "language" and perhaps "stock".
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    files = _described(shop.bundle, recipe.name, merged.pairing, _licences(recipe))
+    files = _described(shop.bundle, recipe.name, merged.pairing, _licences(shop, recipe))
     return Manifest(
         name=recipe.name,
         created=now,
@@ -74,12 +74,13 @@ def _described(
     return files | {sbom.SBOM: describe(bundle / sbom.SBOM)}
 
 
-def _licences(recipe: TrainRecipe) -> dict[str, str]:
-    """Of the code, the weights and the data they were trained on."""
+def _licences(shop: Workshop, recipe: TrainRecipe) -> dict[str, str]:
+    """Of the code, the weights, the data they were trained on, and the reports in drafts.bin."""
     return {
         "code": "Apache-2.0",
         "weights": recipe.licence or "not stated by the recipe",
         "data": f"as stated for the weights; corpora: {', '.join(sorted(recipe.data)) or 'none'}",
+        **({"drafts": shop.corpus.licences} if shop.corpus.reports else {}),
     }
 
 
@@ -120,7 +121,9 @@ def without_refused(bundle: Path, manifest: Manifest, verdict: Verdict) -> tuple
 def _lineage(shop: Workshop, recipe: TrainRecipe) -> dict[str, Any]:
     """Where the model came from; no path of the exporting machine is in it."""
     data_manifest = _read_json(shop.run / "data_manifest.json")
-    config = to_mapping(replace(shop.config, calibration=""))
+    config = to_mapping(
+        replace(shop.config, calibration="", drafts_from=draft_corpus.kind(shop.config.drafts_from))
+    )
     return {
         "export_sha256": export_digest(shop.run),
         "export": config,
@@ -130,11 +133,12 @@ def _lineage(shop: Workshop, recipe: TrainRecipe) -> dict[str, Any]:
             "fit": len(shop.calibration.fit),
             "check": len(shop.calibration.check),
         },
+        "drafts": draft_corpus.lineage(shop.corpus),
         "recipe": to_mapping(recipe),
         "training": _read_json(shop.run / "run.json"),
         "metrics": _read_json(shop.run / "metrics.json"),
         "data_sha256": {name: entry.get("sha256") for name, entry in data_manifest.items()},
-        "licences": _licences(recipe),
+        "licences": _licences(shop, recipe),
         "exporter": versions(),
     }
 

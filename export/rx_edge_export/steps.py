@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from rx_edge.atomic import replacing
 from rx_edge.bundle import describe
 from rx_edge.errors import UsageError
-from rx_edge_export.atomic import replacing
 
 RECORD = "steps.json"
 

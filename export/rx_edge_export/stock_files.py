@@ -18,10 +18,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from rx_edge.atomic import replacing
 from rx_edge.config import DRAFT_BANNER, GenerateConfig, ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
 from rx_edge.optional import require
-from rx_edge_export.atomic import replacing
 from rx_edge_export.mmproj_check import MARKER
 
 DIRECTORY = "stock"

@@ -27,13 +27,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from rx_edge.atomic import replacing
 from rx_edge.backends import vision_onnx as reader
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import BackendError, ExportError
 from rx_edge.optional import require
 from rx_edge.types import FloatArray
 from rx_edge_export import vision_rewrite
-from rx_edge_export.atomic import replacing
 from rx_edge_export.vision_rewrite import FP16_MAX, FP32_MAX
 
 SIZE_LIMIT = 1_800_000_000  # bytes of source; the quantiser holds it in one protobuf (2 GiB)

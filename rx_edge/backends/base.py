@@ -185,6 +185,11 @@ class LanguageBackend(Protocol):
         ...
 
     @property
+    def version(self) -> str:
+        """The engine and its version, e.g. "onnxruntime 1.32.0"."""
+        ...
+
+    @property
     def pairing(self) -> str:
         """The pairing hash inside the file; "" when it has none."""
         ...

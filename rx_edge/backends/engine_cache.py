@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rx_edge import machine
 from rx_edge.errors import BackendError
 
 
@@ -45,12 +46,8 @@ class EngineKey:
 
 
 def cache_dir() -> Path:
-    """engines/ under RX_EDGE_CACHE, or under rx-edge in the user's cache directory (XDG)."""
-    explicit = os.environ.get("RX_EDGE_CACHE")
-    if explicit:
-        return Path(explicit) / "engines"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rx-edge" / "engines"
+    """engines/ in rx-edge's cache."""
+    return machine.cache_dir() / "engines"
 
 
 def system() -> str:

@@ -21,6 +21,7 @@ import os
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -39,6 +40,7 @@ from rx_edge.backends.gguf_batch import Batch, read_logits
 from rx_edge.backends.gguf_rows import EmbeddingRows
 from rx_edge.backends.llm_gguf_parallel import GgufParallel
 from rx_edge.errors import BackendError, MissingExtraError
+from rx_edge.machine import physical_cores
 from rx_edge.optional import require
 from rx_edge.types import FloatArray, IntArray, Logits
 
@@ -95,7 +97,7 @@ def open(
                 f"{str(path)!r}: n_ctx is {n_ctx} but the model was trained for {trained}; "
                 "ask for less"
             )
-        threads = threads or _physical_cores()
+        threads = threads or physical_cores()
         context = _new_context(api, model, path, n_ctx, threads, exact)
     except BaseException:
         api.llama_model_free(model)
@@ -132,6 +134,11 @@ class GgufLanguage(Closing):
         self._batch = Batch(api)
         # also runs when the object is dropped without close(); calling it twice does nothing
         self._release = weakref.finalize(self, _free, api, context, model)
+
+    @property
+    def version(self) -> str:
+        """The engine and its version."""
+        return f"llama-cpp-python {metadata.version('llama-cpp-python')}"
 
     @property
     def position(self) -> int:
@@ -398,16 +405,3 @@ def last_errors() -> str:
 def _reason() -> str:
     lines = last_errors()
     return f": {lines}" if lines else ""
-
-
-def _physical_cores() -> int:
-    """Physical cores this process may run on; hyper-threads only slow llama.cpp down."""
-    try:
-        allowed = os.sched_getaffinity(0)
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
-    return len(cores)

@@ -22,6 +22,11 @@ from rx_edge.backends.gguf_rows import EmbeddingRows
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray, IntArray, Logits
 
+NOT_FINITE = (
+    "the language model returned NaN or infinite logits; the file, this soft prompt or this "
+    "build of llama.cpp is broken"
+)
+
 
 class GgufParallel(Closing):
     """`slots` sequences in one llama.cpp context. Not thread-safe."""
@@ -63,16 +68,20 @@ class GgufParallel(Closing):
             chunk = np.ascontiguousarray(rows[first : first + SIZE])
             self._append(slot, chunk, last=first + SIZE >= len(rows))
         logits: FloatArray = self._logits(1)[0]
+        if not np.isfinite(logits).all():
+            self.rewind(slot, 0)
+            raise BackendError(NOT_FINITE)
         return logits
 
-    def step(self, feeds: Sequence[tuple[int, IntArray]]) -> list[Logits]:
+    def step(self, feeds: Sequence[tuple[int, IntArray]]) -> list[Logits | BackendError]:
         """Append ids to several slots in one pass.
 
         Args:
             feeds: slot and ids int32 (k,) of each; `SIZE` ids in all at most.
 
         Returns:
-            For each, float32 (k, V): the logits after every one of its ids.
+            For each, float32 (k, V): the logits after every one of its ids; or an error where
+            they are not finite, which is that slot's alone.
 
         Raises:
             BackendError: as `LanguageBackend.step`. Positions stay where they were.
@@ -89,16 +98,19 @@ class GgufParallel(Closing):
         )
         sequence = np.repeat(np.asarray([slot for slot, _ in checked], np.int32), lengths)
         self._decode(tokens, positions, sequence, 1)
-        try:
-            logits = self._logits(len(tokens))
-        except BackendError:
-            for slot, _ in checked:
+        logits = self._logits(len(tokens))
+        results: list[Logits | BackendError] = []
+        for (slot, ids), rows in zip(
+            checked, np.split(logits, np.cumsum(lengths)[:-1]), strict=True
+        ):
+            if not np.isfinite(rows).all():
                 self.rewind(slot, self._positions[slot])
-            raise
-        for slot, ids in checked:
+                results.append(BackendError(NOT_FINITE))
+                continue
             self._starts[slot].append(ids, self._positions[slot])
             self._positions[slot] += len(ids)
-        return np.split(logits, np.cumsum(lengths)[:-1])
+            results.append(rows)
+        return results
 
     def position(self, slot: int) -> int:
         """Tokens in the slot's KV cache."""
@@ -151,11 +163,6 @@ class GgufParallel(Closing):
         found = read_logits(self._api, self._context, rows, self.n_vocab)
         if found is None:
             raise BackendError("llama.cpp computed no logits")
-        if not np.isfinite(found).all():
-            raise BackendError(
-                "the language model returned NaN or infinite logits; the file or this build of "
-                "llama.cpp is broken"
-            )
         return found.copy()
 
     def _check_room(self, position: int, n: int) -> None:

@@ -125,6 +125,11 @@ class OnnxLanguage(Closing):
         self._clear()
 
     @property
+    def version(self) -> str:
+        """The engine and its version."""
+        return f"onnxruntime {onnx_engine.engine().__version__}"
+
+    @property
     def position(self) -> int:
         """Tokens and embeddings in the KV cache."""
         return self._position

@@ -1,7 +1,8 @@
 """The command line: composes the parts, and is the only package that prints or exits.
 
-Exit codes: 0 done; 1 failed; 2 usage; 3 verification failed or bundle refused. Everything heavy
-is imported inside a command, so that `--help` stays fast. One module per group of verbs.
+Exit codes: 0 done; 1 failed; 2 usage; 3 verification failed or bundle refused; 4 latency
+regression; 5 too little data for a verdict. Everything heavy is imported inside a command, so that
+`--help` stays fast. One module per group of verbs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from typing import Annotated
 import typer
 
 import rx_edge
-from rx_edge.cli import demonstration, exporting, models, packaging, running, studies, training
+from rx_edge.cli import (
+    benching,
+    demonstration,
+    exporting,
+    models,
+    packaging,
+    running,
+    studies,
+    training,
+    worklist,
+)
 from rx_edge.cli.common import Group
 
 app = typer.Typer(
@@ -37,6 +48,16 @@ _study.command("deployment-loss")(studies.deployment_loss)
 _study.command("imatrix")(studies.imatrix)
 _study.command("peers")(studies.peers)
 _study.command("export-memory")(studies.export_memory)
+_study.command("gate-honesty")(studies.gate_honesty)
+_bench = typer.Typer(
+    cls=benching.BenchGroup,
+    help="Time a bundle (`bench BUNDLE` is `bench run BUNDLE`), compare, gate a change.",
+    no_args_is_help=True,
+)
+app.add_typer(_bench, name="bench")
+_bench.command("run")(benching.run)
+_bench.command("compare")(benching.compare)
+_bench.command("gate")(benching.gate)
 app.command()(training.train)
 app.command()(exporting.export)
 app.command()(exporting.verify)
@@ -45,8 +66,9 @@ app.command()(packaging.sign)
 app.command("verify-signature")(packaging.verify_signature)
 app.command()(packaging.pack)
 app.command()(running.report)
+app.command()(worklist.worklist)
 app.command()(running.prepare)
-app.command()(running.bench)
+app.command()(running.tune)
 app.command()(demonstration.demo)
 
 

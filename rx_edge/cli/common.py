@@ -37,6 +37,11 @@ LanguageChoice = Annotated[
     str | None, typer.Option("--llm", help="artefact, e.g. gguf:Q8_0; default: the bundle's")
 ]
 
+NoDrafts = Annotated[
+    bool,
+    typer.Option("--no-drafts", help="decode token by token, without the bundle's report corpus"),
+]
+
 
 class Group(TyperGroup):
     """Turns every `RxEdgeError` into one line on stderr and an exit code."""

@@ -40,6 +40,14 @@ def export(
         list[Path] | None,
         typer.Option("--canary", help="real study to verify on; copied into the bundle"),
     ] = None,
+    drafts_from: Annotated[
+        str | None,
+        typer.Option(
+            "--drafts-from",
+            help="training reports whose text goes into drafts.bin: auto, none, pairs.jsonl, "
+            "directory of Open-i XML; de-identified only",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a recipe key: key=value")
     ] = None,
@@ -53,7 +61,7 @@ def export(
     require_export()
     from rx_edge_export.export import export as run_export
 
-    config = _config(recipe, vision, llm, overrides or ())
+    config = _config(recipe, vision, llm, drafts_from, overrides or ())
     if dry_run:
         _print_plan(run, config, out, as_json=as_json)
         return
@@ -66,6 +74,8 @@ def export(
         print_json(_verdict_json(manifest, verdict))
     for note in verdict.notes:
         say(f"note: {note}")
+    for reason in manifest.lineage["drafts"]["left_out"]:
+        say(f"note: drafts.bin is made without {reason}")
     say(f"verified ({len(verdict.stages)} checks) and written: {out}")
 
 
@@ -82,7 +92,7 @@ def verify(
     opened = open_bundle(bundle, allow_unverified=True)
     verdict = run_verify(opened, tick=say)
     if html is not None:
-        from rx_edge_export.atomic import replacing
+        from rx_edge.atomic import replacing
         from rx_edge_export.verify_page import page
 
         with replacing(html) as part:
@@ -111,7 +121,11 @@ def _verdict_json(manifest: Manifest, verdict: Verdict) -> dict[str, Any]:
 
 
 def _config(
-    recipe: str | None, vision: str | None, llm: str | None, overrides: Sequence[str]
+    recipe: str | None,
+    vision: str | None,
+    llm: str | None,
+    drafts_from: str | None,
+    overrides: Sequence[str],
 ) -> ExportConfig:
     from rx_edge_export.recipes import load
 
@@ -120,6 +134,8 @@ def _config(
         changes["vision"] = tuple(vision.split(","))
     if llm is not None:
         changes["language"] = tuple(llm.split(","))
+    if drafts_from is not None:
+        changes["drafts_from"] = drafts_from
     return dataclasses.replace(load(recipe, overrides), **changes)
 
 
@@ -136,4 +152,6 @@ def _print_plan(run: Path, config: ExportConfig, out: Path, *, as_json: bool) ->
 
         for table in plan_tables(made):
             Console().print(table)
+        for note in made.notes:
+            say(f"note: {note}")
     plan.refuse_unfit(made, config.memory_gb)

@@ -1,9 +1,8 @@
-"""`rx-edge report` and `rx-edge bench`: a verified bundle at work."""
+"""`rx-edge report` and `rx-edge prepare`: a verified bundle at work."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +14,14 @@ from rx_edge.cli.common import (
     BundleOption,
     JsonFlag,
     LanguageChoice,
+    NoDrafts,
     Unverified,
     VisionChoice,
     exit_code,
     print_json,
     say,
 )
-from rx_edge.config import GenerateConfig
+from rx_edge.config import GenerateConfig, RuntimeConfig
 from rx_edge.errors import RxEdgeError, UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def report(
         int | None, typer.Option("--max-new-tokens", min=1, help=_help("max_new_tokens"))
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=0, help=_help("threads"))] = None,
+    no_drafts: NoDrafts = False,
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft a report for each image, streamed."""
@@ -59,6 +60,7 @@ def report(
         max_new_tokens=max_new_tokens,
         threads=threads,
         allow_unverified=allow_unverified,
+        runtime=RuntimeConfig(drafts=not no_drafts),
     )
     with session:
         for note in session.notes:
@@ -77,30 +79,6 @@ def report(
             raise typer.Exit(worst)
 
 
-def bench(
-    bundle: BundleArgument,
-    image: Annotated[
-        Path | None, typer.Option("--image", help="study to time; default: the first canary")
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="timed runs")] = 10,
-    vision: VisionChoice = None,
-    llm: LanguageChoice = None,
-    out: Annotated[Path | None, typer.Option("--json", help="write the result here")] = None,
-) -> None:
-    """Time the whole path, image file to final text."""
-    from rx_edge.runtime.session import open_session
-    from rx_edge_bench.latency import measure
-
-    with open_session(bundle, vision=vision, language=llm) as session:
-        study = image or session.bundle.path(session.bundle.manifest.canaries[0])
-        result = measure(session, study, repeats=repeats, tick=lambda n: say(f"{n}/{repeats}"))
-    if out is None:
-        print_json(result)
-    else:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        say(f"written: {out}")
-
-
 def prepare(
     image: Annotated[Path, typer.Argument(help="DICOM, PNG or JPEG file")],
     bundle: BundleOption,
@@ -109,9 +87,9 @@ def prepare(
     """Write the 8-bit square that stock engines need to see what the model was trained on."""
     from PIL import Image
 
+    from rx_edge.atomic import replacing
     from rx_edge.bundle import open_bundle
     from rx_edge.radiograph import open_radiograph
-    from rx_edge_export.atomic import replacing
     from rx_edge_export.mmproj_check import square_uint8
 
     recipe = open_bundle(bundle).manifest.image
@@ -153,3 +131,24 @@ def _refuse_missing(images: list[Path]) -> None:
             raise UsageError(f"{str(image)!r} does not exist")
         if image.is_dir():
             raise UsageError(f"{str(image)!r} is a directory; name image files")
+
+
+def tune(
+    bundle: BundleArgument,
+    llm: LanguageChoice = None,
+    as_json: JsonFlag = False,
+    allow_unverified: Unverified = False,
+) -> None:
+    """Measure threads and pass costs on this machine once; later drafts use them."""
+    from rich.console import Console
+
+    from rx_edge.display import profile_table
+    from rx_edge.runtime import tuning
+    from rx_edge.runtime.session import open_session
+
+    with open_session(bundle, language=llm, allow_unverified=allow_unverified) as session:
+        profile = tuning.measure(session, tick=say)
+    if as_json:
+        print_json(dataclasses.asdict(profile))
+    else:
+        Console().print(profile_table(profile))

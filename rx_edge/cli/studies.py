@@ -133,6 +133,39 @@ def export_memory(
     _deliver(result, out)
 
 
+def gate_honesty(
+    bundle: BundleArgument,
+    runs: Annotated[
+        int, typer.Option("--runs", min=1, help="runs of the bundle beside itself")
+    ] = 40,
+    planted: Annotated[
+        int, typer.Option("--planted", min=0, help="of these, with a slower third side")
+    ] = 20,
+    pairs: Annotated[
+        int | None, typer.Option("--pairs", min=1, help="blocks a side; default: the fewest")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="of each block")] = None,
+    threads: Threads = None,
+    out: JsonFile = None,
+) -> None:
+    """How often the latency gate cries wolf, and how often it sleeps."""
+    from rx_edge_bench.block import REPEATS
+    from rx_edge_bench.gate_honesty import measure
+    from rx_edge_bench.statistics import MIN_BLOCKS
+
+    with progress() as bars:
+        result = measure(
+            bundle,
+            runs=runs,
+            planted=planted,
+            pairs=MIN_BLOCKS if pairs is None else pairs,
+            repeats=REPEATS if repeats is None else repeats,
+            options=() if threads is None else (f"--threads={threads}",),
+            progress=bars,
+        )
+    _deliver(result, out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)

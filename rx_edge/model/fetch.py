@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge.errors import FetchError, ModelError
-from rx_edge.model.catalogue import PACKAGES, Package, cache_dir, fetched_dir
+from rx_edge.machine import cache_dir
+from rx_edge.model.catalogue import PACKAGES, Package, fetched_dir
 from rx_edge.model.hub import transformers
 
 

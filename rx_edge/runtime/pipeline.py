@@ -11,7 +11,8 @@ Does not cover: several studies at once (`worklist.py`), how tokens are chosen (
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,21 @@ from rx_edge import guards, image
 from rx_edge.prompting import layout
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.decoding import Draft, Sampler, decode, greedy
+from rx_edge.runtime.drafting import Drafter
 from rx_edge.runtime.session import Session
 from rx_edge.types import FloatArray, Radiograph, Report, Timings, TokenChunk
 
 UNVERIFIED = "this bundle was not verified against the trained model"
+
+
+@dataclass
+class Study:
+    """An image on its way to a draft: what was read, what was noticed, and the time it took."""
+
+    radiograph: Radiograph
+    flags: list[str]
+    timings: Timings
+    started: float  # time.perf_counter()
 
 
 def draft(session: Session, study: Path) -> Generator[TokenChunk, None, Report]:
@@ -35,29 +47,45 @@ def draft(session: Session, study: Path) -> Generator[TokenChunk, None, Report]:
         UsageError, InputError: the file is no usable chest radiograph.
         BackendError: an engine failed; nothing is drafted from nonsense.
     """
+    opened, pixels = open_study(session, study)
+    timings = opened.timings
+    soft_prompt = encode(session, pixels, timings)
+    logits = _prefill(session, soft_prompt, timings)
+    timings.time_to_first_token = time.perf_counter() - opened.started
+    growing = new_draft(session, timings, session.drafter)
+    text = yield from _decode(session, logits, growing, timings)
+    return report(session, opened, growing, text)
+
+
+def open_study(session: Session, path: Path) -> tuple[Study, FloatArray]:
+    """Read and check an image file; with its tensor (1, 3, S, S).
+
+    Raises:
+        UsageError, InputError: the file is no usable chest radiograph.
+    """
     started = time.perf_counter()
     timings = Timings()
-    radiograph = open_radiograph(study)
+    radiograph = open_radiograph(path)
     flags = list(guards.check_image(radiograph))
     timings.read = time.perf_counter() - started
     pixels = image.prepare(radiograph, session.bundle.manifest.image)
     timings.prepare = time.perf_counter() - started - timings.read
-    soft_prompt = encode(session, pixels, timings)
-    logits = _prefill(session, soft_prompt, timings)
-    timings.time_to_first_token = time.perf_counter() - started
-    ids, text, finish = yield from _decode(session, logits, timings)
-    timings.total = time.perf_counter() - started
-    flags += guards.check_text(text, finish=finish)
+    return Study(radiograph, flags, timings, started), pixels
+
+
+def report(session: Session, study: Study, growing: Draft, text: str) -> Report:
+    """The finished draft with everything a reader must know about it."""
+    study.timings.total = time.perf_counter() - study.started
+    flags = [*study.flags, *guards.check_text(text, finish=growing.finish or "")]
     flags += [UNVERIFIED] if session.unverified else []
-    flags += session.warnings
     return Report(
         text=text,
         banner=session.bundle.manifest.banner,
-        flags=(*radiograph.notes, *flags),
-        token_ids=tuple(ids),
-        finish=finish,
-        timings=timings,
-        provenance=_provenance(session, radiograph),
+        flags=(*study.radiograph.notes, *flags, *session.warnings),
+        token_ids=tuple(growing.ids),
+        finish=growing.finish or "",
+        timings=study.timings,
+        provenance=_provenance(session, study.radiograph),
     )
 
 
@@ -89,11 +117,10 @@ def _prefill(session: Session, soft_prompt: FloatArray, timings: Timings) -> Flo
 
 
 def _decode(
-    session: Session, logits: FloatArray, timings: Timings
-) -> Generator[TokenChunk, None, tuple[list[int], str, str]]:
-    """Stream the draft; returns ids, text and why it stopped."""
+    session: Session, logits: FloatArray, growing: Draft, timings: Timings
+) -> Generator[TokenChunk, None, str]:
+    """Stream the draft; returns its text."""
     stream: Any = DecodeStream(skip_special_tokens=True)
-    growing = new_draft(session, timings)
     steps = decode(session.language, logits, growing, session.drafter)
     parts: list[str] = []
     started = last = time.perf_counter()
@@ -108,10 +135,10 @@ def _decode(
         yield TokenChunk(text, step.ids, step.logprobs, now - last)
         last = time.perf_counter()
     timings.decode = time.perf_counter() - started
-    return growing.ids, "".join(parts).strip(), growing.finish or ""
+    return "".join(parts).strip()
 
 
-def new_draft(session: Session, timings: Timings) -> Draft:
+def new_draft(session: Session, timings: Timings, drafter: Drafter | None) -> Draft:
     """An empty draft after a prompt of `timings.prompt_tokens`."""
     runtime = session.runtime
     # the last token is never fed back, so the context must hold prompt + limit - 1
@@ -120,9 +147,15 @@ def new_draft(session: Session, timings: Timings) -> Draft:
         end=session.prompt.end,
         limit=min(session.generate.max_new_tokens, room),
         choose=Sampler(runtime.temperature, runtime.seed) if runtime.temperature else greedy,
-        drafter=session.drafter,
+        drafter=drafter,
         timings=timings,
     )
+
+
+def text_of(session: Session, ids: Sequence[int]) -> str:
+    """The text that streaming these ids shows: whole characters only."""
+    stream: Any = DecodeStream(skip_special_tokens=True)
+    return "".join(stream.step(session.tokenizer, token) or "" for token in ids).strip()
 
 
 def _provenance(session: Session, radiograph: Radiograph) -> dict[str, str]:

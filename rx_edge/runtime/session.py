@@ -16,7 +16,7 @@ from rx_edge.config import GenerateConfig, RuntimeConfig
 from rx_edge.draft_index import open_drafts
 from rx_edge.errors import BundleError
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
-from rx_edge.runtime import self_check
+from rx_edge.runtime import self_check, tuning
 from rx_edge.runtime.drafting import Drafter
 
 BUILT_HERE = ("vision_tensorrt",)  # formats whose engine no verification at export has seen
@@ -141,6 +141,7 @@ def open_checked(
     try:
         _check_pairing(session)
         session.drafter = _drafter(bundle, prompt.end, runtime)
+        _tune(session)
     except BaseException:
         session.close()
         raise
@@ -163,6 +164,14 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
 def _drafter(bundle: Bundle, end: int, runtime: RuntimeConfig) -> Drafter | None:
     index = open_drafts(bundle) if runtime.drafts and runtime.max_draft else None
     return Drafter(index, end, runtime.max_draft) if index else None
+
+
+def _tune(session: Session) -> None:
+    """What was measured on this machine (`rx-edge tune`), where it was."""
+    profile = tuning.stored(session)
+    if profile:
+        tuning.apply(session, profile)
+        session.notes += (f"speed: as measured on this machine, {profile.threads} threads",)
 
 
 def _warnings(notes: tuple[str, ...], *artifacts: Artifact) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,18 +45,22 @@ class Batch:
 
 def examples(model: ReportModel, samples: Sequence[Sample], max_tokens: int) -> list[Example]:
     """Tokenise targets; those longer than `max_tokens` are cut at a sentence end."""
-    out = []
-    for sample in samples:
-        sentences, complete = split_sentences(sample.target), sample.complete
-        ids = encode(model.tokenizer, " ".join(sentences))
-        while len(ids) > max_tokens and len(sentences) > 1:
-            sentences, complete = sentences[:-1], False
-            ids = encode(model.tokenizer, " ".join(sentences))
-        if len(ids) > max_tokens:
-            ids, complete = ids[:max_tokens], False
-        end = [model.prompt.end] if complete else []
-        out.append(Example(sample, (*ids, *end)))
-    return out
+    return [
+        Example(sample, target_ids(model.tokenizer, model.prompt.end, sample, max_tokens))
+        for sample in samples
+    ]
+
+
+def target_ids(tokenizer: Any, end: int, sample: Sample, max_tokens: int) -> tuple[int, ...]:
+    """Ids (T,) of a target cut to `max_tokens`; then `end`, unless the target was cut."""
+    sentences, complete = split_sentences(sample.target), sample.complete
+    ids = encode(tokenizer, " ".join(sentences))
+    while len(ids) > max_tokens and len(sentences) > 1:
+        sentences, complete = sentences[:-1], False
+        ids = encode(tokenizer, " ".join(sentences))
+    if len(ids) > max_tokens:
+        ids, complete = ids[:max_tokens], False
+    return (*ids, end) if complete else tuple(ids)
 
 
 def epoch_order(

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from rx_edge.errors import FetchError, ModelError
+from rx_edge.machine import cache_dir
 from rx_edge.model import fetch as fetching
-from rx_edge.model.catalogue import PACKAGES, cache_dir, fetched_dir, locate, register, registered
+from rx_edge.model.catalogue import PACKAGES, fetched_dir, locate, register, registered
 from rx_edge.model.fetch import fetch
 
 NAME = "demo-studies"  # the package whose conversion is a copy

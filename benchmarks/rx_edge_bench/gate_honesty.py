@@ -1,0 +1,145 @@
+"""Does the latency gate cry wolf, and does it sleep?
+
+A/A runs compare a bundle with itself: every regression there is a false alarm. Planted runs slow
+every engine call of one side down: every run without a regression there is a miss. A planted
+second call of the encoder must be caught by Tier 0 each time. Planted runs share side A with an
+A/A run (three sides in turn), which saves a third of the time.
+
+Does not cover: slow drifts over days, and machines other than the one it runs on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rx_edge_bench import block, gate, interleaved
+from rx_edge_bench.comparison import STAGES, Comparison, compare
+from rx_edge_bench.environment import environment, fingerprint
+from rx_edge_bench.statistics import MIN_BLOCKS, P_LIMIT, TOLERANCE
+
+SCHEMA = "rx-edge-gate-honesty/1"
+SLOWDOWN = 1.15
+ENCODER_TRIES = 3  # counts are exact: once would do
+
+
+def measure(
+    bundle: Path,
+    *,
+    runs: int = 40,
+    planted: int = 20,
+    pairs: int = MIN_BLOCKS,
+    repeats: int = block.REPEATS,
+    slowdown: float = SLOWDOWN,
+    options: Sequence[str] = (),
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Run the gate on itself.
+
+    Args:
+        runs: A/A runs; `planted` of them, the first ones, have a third, slower side.
+        pairs: blocks a side of one run; the least that can decide, so that the study is short
+            (the gate itself takes 10 and sees more).
+        options: more arguments of every block.
+
+    Returns:
+        JSON-ready: every run's ratios and block medians, how many alarms were false and how many
+        faults were caught, each with its 95 % interval; environment.
+
+    Raises:
+        BackendError, BundleError, VerificationError: the bundle does not run.
+    """
+    a = interleaved.Side(bundle, options=(f"--repeats={repeats}", *options))
+    slow = replace(a, options=(*a.options, f"--slow={slowdown}"))
+    rows = []
+    for number in range(runs):
+        sides = {"A": a, "B": a, **({"slow": slow} if number < planted else {})}
+        blocks = _in_turn(sides, pairs)
+        rows += [_row(blocks, other) for other in sides if other != "A"]
+        progress("gate runs", number + 1, runs, rows[-1]["verdict"])
+    equal = [row["verdict"] for row in rows if row["kind"] == "A/A"]
+    slower = [row["verdict"] for row in rows if row["kind"] == "planted"]
+    return {
+        "schema": SCHEMA,
+        "rule": {"tolerance": TOLERANCE, "p": P_LIMIT, "blocks": pairs, "repeats": repeats},
+        "slowdown": slowdown,
+        "false_alarms": share(equal.count("regression"), len(equal)),
+        "suspicious_without_cause": share(equal.count("suspicious"), len(equal)),
+        "caught": share(slower.count("regression"), len(slower)),
+        "suspicious_with_cause": share(slower.count("suspicious"), len(slower)),
+        "extra_encoder_call_caught": share(_extra_encoder_calls(bundle), ENCODER_TRIES),
+        "runs": rows,
+        "fingerprint": fingerprint(),
+        "environment": environment(),
+    }
+
+
+def share(hits: int, of: int) -> dict[str, Any]:
+    """A share with its 95 % interval (Wilson), which is honest also for 0 of 40."""
+    if not of:
+        return {"hits": 0, "of": 0}
+    z = 1.959964
+    p, scale = hits / of, 1 + z * z / of
+    centre = (p + z * z / (2 * of)) / scale
+    half = z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of)) / scale
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return {"hits": hits, "of": of, "share": p, "low": round(low, 4), "high": round(high, 4)}
+
+
+def count_with_two_encoder_calls(bundle: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Tier 0 counts of the bundle as it is, and with every image encoded twice."""
+    from rx_edge.runtime import pipeline
+    from rx_edge.runtime.session import open_session
+
+    once = pipeline.encode
+
+    def twice(*arguments: Any) -> Any:
+        once(*arguments)
+        return once(*arguments)
+
+    with open_session(bundle) as session:
+        honest = block.count_work(session, block.first_canary(session))
+    with open_session(bundle) as session, mock.patch.object(pipeline, "encode", twice):
+        wasteful = block.count_work(session, block.first_canary(session))
+    return honest, wasteful
+
+
+def _extra_encoder_calls(bundle: Path) -> int:
+    caught = 0
+    for _ in range(ENCODER_TRIES):
+        honest, wasteful = count_with_two_encoder_calls(bundle)
+        caught += gate.check_work(wasteful, {"counted": honest}).verdict == "regression"
+    return caught
+
+
+def _in_turn(sides: dict[str, interleaved.Side], pairs: int) -> dict[str, list[dict[str, Any]]]:
+    """Every side once, then once in reverse, and so on."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for pair in range(pairs):
+        for name in reversed(sides) if pair % 2 else sides:
+            found[name].append(interleaved.run_block(sides[name], name))
+    return found
+
+
+def _row(blocks: dict[str, list[dict[str, Any]]], other: str) -> dict[str, Any]:
+    one, two = (
+        {"run": "", "fingerprint": "", "blocks": blocks[name], "environment": {}}
+        for name in ("A", other)
+    )
+    found: Comparison = compare(one, two)
+    return {
+        "kind": "A/A" if other == "B" else "planted",
+        **found.to_json(),
+        "medians": {
+            side: {
+                stage: [round(b["median"][stage], 6) for b in blocks[name]]
+                for stage in STAGES
+                if stage in blocks[name][0]["median"]
+            }
+            for side, name in (("A", "A"), ("B", other))
+        },
+    }

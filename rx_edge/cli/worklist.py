@@ -1,0 +1,85 @@
+"""`rx-edge worklist`: a directory of studies, many at once, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rx_edge.cli.common import (
+    BundleOption,
+    JsonFlag,
+    LanguageChoice,
+    Unverified,
+    VisionChoice,
+    print_json,
+    progress,
+    say,
+)
+from rx_edge.errors import InputError, UsageError
+
+
+def worklist(
+    directory: Annotated[Path, typer.Argument(help="directory with DICOM, PNG or JPEG files")],
+    bundle: BundleOption,
+    out: Annotated[Path, typer.Option("--out", help="directory for one JSON file per study")],
+    slots: Annotated[
+        int | None, typer.Option("--slots", min=1, help="drafts that grow side by side")
+    ] = None,
+    vision: VisionChoice = None,
+    llm: LanguageChoice = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=0, help="CPU threads")] = None,
+    as_json: JsonFlag = False,
+    allow_unverified: Unverified = False,
+) -> None:
+    """Draft every study of a directory; run it again to go on where it stopped."""
+    from rx_edge.runtime.session import open_session
+    from rx_edge.runtime.worklist import SLOTS, draft_all
+    from rx_edge.runtime.worklist_store import Store, studies_below
+
+    studies = list(studies_below(directory))
+    if not studies:
+        raise UsageError(f"{str(directory)!r} holds no files; name a directory with studies")
+    with open_session(
+        bundle, vision=vision, language=llm, threads=threads, allow_unverified=allow_unverified
+    ) as session:
+        for note in session.notes:
+            say(note)
+        store = Store(out, session)
+        keys, unread = _keys(store, studies)
+        waiting = [(study, key) for study, key in keys if not store.done(key)]
+        failed = len(unread)
+        for message in unread:
+            say(f"rx-edge: {message}")
+        with progress() as bars:
+            paths = [study for study, _ in waiting]
+            for done, result in enumerate(draft_all(session, paths, slots=slots or SLOTS), start=1):
+                store.put(waiting[result.index][1], result)
+                failed += result.report is None
+                bars("drafting", done, len(waiting), f"{failed} failed" if failed else "")
+        store.finish(keys)
+    summary: dict[str, Any] = {
+        "studies": len(studies),
+        "drafted": len(waiting) - failed + len(unread),
+        "kept": len(keys) - len(waiting),
+        "failed": failed,
+        "out": str(out),
+    }
+    if as_json:
+        print_json(summary)
+    else:
+        say(f"{summary['drafted']} drafted, {summary['kept']} kept, {failed} failed: {out}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _keys(store: Any, studies: list[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Every readable study with its key, and a message for each other one."""
+    keys, unread = [], []
+    for study in studies:
+        try:
+            keys.append((study, store.key(study)))
+        except InputError as error:
+            unread.append(str(error))
+    return keys, unread

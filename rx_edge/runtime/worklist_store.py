@@ -1,0 +1,109 @@
+"""Results of a worklist on disk, one file per study, so that an interrupted one can go on.
+
+A result is filed under the sha256 of the study's file, the bundle and the settings: another image,
+another model or another precision is never taken for the one at hand. Failures are filed too, and
+tried again. File names hold no patient data; each file names its study as it was given.
+
+Does not cover: drafting (`worklist.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rx_edge.atomic import replacing
+from rx_edge.errors import InputError, UsageError
+from rx_edge.runtime.session import Session
+from rx_edge.runtime.worklist import Result
+
+INDEX = "worklist.json"
+
+
+class Store:
+    """A directory of results."""
+
+    def __init__(self, root: Path, session: Session) -> None:
+        """Open or create it.
+
+        Raises:
+            UsageError: the directory cannot be made.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{str(root)!r} cannot be created: {error.strerror}") from error
+        self._root = root
+        settings = [
+            session.bundle.digest,
+            session.vision_artifact.name,
+            session.artifact.name,
+            dataclasses.asdict(session.generate),
+            session.runtime.temperature,
+            session.runtime.seed,
+        ]
+        self._settings = json.dumps(settings, sort_keys=True).encode()
+
+    def key(self, study: Path) -> str:
+        """The name of a study's file, without its ending.
+
+        Raises:
+            InputError: the study cannot be read.
+        """
+        try:
+            with study.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
+        except OSError as error:
+            raise InputError(f"{str(study)!r} cannot be read: {error.strerror}") from error
+        return hashlib.sha256(self._settings + content).hexdigest()[:32]
+
+    def done(self, key: str) -> bool:
+        """Whether there is a report under `key`."""
+        return "report" in self._read(key)
+
+    def put(self, key: str, result: Result) -> dict[str, Any]:
+        """File one result; returns what was filed."""
+        entry: dict[str, Any] = {"study": str(result.study)}
+        if result.report:
+            entry["report"] = dataclasses.asdict(result.report)
+        else:
+            entry["error"] = str(result.error)
+        self._write(self._root / f"{key}.json", entry)
+        return entry
+
+    def finish(self, keys: list[tuple[Path, str]]) -> None:
+        """Write the index: every study with its file, in the order given."""
+        index = [
+            {"study": str(study), "file": f"{key}.json", "ok": self.done(key)}
+            for study, key in keys
+        ]
+        self._write(self._root / INDEX, {"studies": index})
+
+    def _read(self, key: str) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self._root / f"{key}.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found
+
+    def _write(self, path: Path, value: Any) -> None:
+        with replacing(path) as part:
+            part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def studies_below(directory: Path) -> Iterator[Path]:
+    """Every file below a directory that is not hidden, in a stable order.
+
+    Raises:
+        UsageError: it is no directory.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{str(directory)!r} is not a directory; name one that holds studies")
+    for path in sorted(directory.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if path.is_file() and not hidden:
+            yield path

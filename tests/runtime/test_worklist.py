@@ -1,0 +1,179 @@
+"""Many studies at once say what each says alone; one that fails stops none."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from rx_edge.backends import llm_gguf
+from rx_edge.backends.gguf_batch import SIZE
+from rx_edge.cli import app
+from rx_edge.errors import BackendError
+from rx_edge.runtime.session import open_session
+from rx_edge.runtime.worklist import draft_all
+from rx_edge_bench.latency import run_to_end
+from rx_edge_export import phantom
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("studies")
+    paths = []
+    for number in range(7):
+        path = root / f"{number}.dcm"
+        phantom.write_dicom(path, phantom.display(number), "MONOCHROME1")
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_texts_are_those_of_one_study_at_a_time(
+    tiny_bundle: Path, studies: list[Path], slots: int
+) -> None:
+    with open_session(tiny_bundle, language="F16", max_new_tokens=24) as session:
+        alone = [run_to_end(session, study) for study in studies]
+        together = list(draft_all(session, studies, slots=slots))
+    assert [r.index for r in together] == list(range(len(studies)))
+    for one, other in zip(alone, together, strict=True):
+        assert other.report is not None
+        assert other.report.token_ids == one.token_ids
+        assert other.report.text == one.text
+        assert other.report.flags == one.flags
+        assert other.report.provenance == one.provenance
+        assert other.report.timings.decode_passes == len(one.token_ids) - (one.finish != "end")
+
+
+def test_a_failed_study_stops_none(tiny_bundle: Path, studies: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.dcm"
+    broken.write_bytes(studies[0].read_bytes()[:2000])
+    order = [studies[0], broken, studies[1], tmp_path / "missing.dcm", studies[2]]
+    with open_session(tiny_bundle, max_new_tokens=8) as session:
+        results = list(draft_all(session, order, slots=2))
+    assert [r.study for r in results] == order
+    assert [r.error is not None for r in results] == [False, True, False, True, False]
+
+
+def test_stopping_early_leaves_no_thread(tiny_bundle: Path, studies: list[Path]) -> None:
+    with open_session(tiny_bundle, max_new_tokens=8) as session:
+        results = draft_all(session, studies * 3, slots=2, ahead=1)
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+        assert "rx-edge-encoder" not in {t.name for t in threading.enumerate()}
+        assert run_to_end(session, studies[0]).token_ids  # the session stays usable
+
+
+def test_slots_are_independent(tiny_bundle: Path) -> None:
+    """Logits of a slot do not depend on its neighbours, and a start is copied, not mixed up."""
+    with open_session(tiny_bundle, language="F16") as session:
+        start = np.asarray(session.prompt.before, np.int32)
+        after = np.asarray(session.prompt.after, np.int32)
+        random = np.random.default_rng(0)
+        softs = [random.normal(0, 0.2, (4, 64)).astype(np.float32) for _ in range(4)]
+        language: Any = session.language
+        alone = []
+        for soft in softs:
+            language.rewind(0)
+            language.prefill([start])
+            language.prefill([soft, after])
+            alone.append(language.step(np.asarray([5], np.int32))[0])
+        with language.parallel(4) as slots:
+            for _ in range(2):  # the second round finds its start in every slot
+                for slot, soft in enumerate(softs):
+                    slots.begin(slot, start, [soft, after])
+                rows = slots.step([(slot, np.asarray([5], np.int32)) for slot in range(4)])
+                for one, other in zip(alone, rows, strict=True):
+                    assert float(np.abs(one - other[0]).max()) < 0.05
+            assert float(np.abs(alone[0] - alone[1]).max()) > 0.3
+            position = slots.position(2)
+            with pytest.raises(BackendError, match="token ids in one pass"):
+                slots.step([(0, np.zeros(SIZE + 1, np.int32))])
+            with pytest.raises(BackendError, match="context is full"):
+                slots.step([(2, _too_long(slots))])
+            assert slots.position(2) == position
+
+
+def _too_long(slots: Any) -> Any:
+    slots._n_ctx = slots.position(2) + 3  # a small context, without decoding a thousand tokens
+    return np.zeros(4, np.int32)
+
+
+def test_a_slot_that_is_not_finite_fails_alone(
+    tiny_bundle: Path, studies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rx_edge.backends.llm_gguf_parallel import GgufParallel
+
+    faithful, calls = GgufParallel._logits, [0]
+
+    def logits(self: Any, rows: int) -> Any:
+        found = faithful(self, rows)
+        calls[0] += 1
+        if calls[0] > 4:
+            found[-1, 3] = np.nan
+            calls[0] = -1000
+        return found
+
+    monkeypatch.setattr(GgufParallel, "_logits", logits)
+    with open_session(tiny_bundle, max_new_tokens=8) as session:
+        results = list(draft_all(session, studies[:4], slots=3))
+    failed = [r for r in results if r.error]
+    assert len(failed) == 1
+    assert "NaN" in str(failed[0].error)
+
+
+def test_parallel_needs_an_open_model(tiny_bundle: Path) -> None:
+    language = llm_gguf.open(tiny_bundle / "llm.F16.gguf", n_ctx=64, threads=1)
+    language.close()
+    with pytest.raises(BackendError, match="closed"):
+        language.parallel(2)
+
+
+def test_the_command_goes_on_where_it_stopped(
+    tiny_bundle: Path, studies: list[Path], tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for study in studies[:3]:
+        (folder / study.name).write_bytes(study.read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    command = ["worklist", str(folder), "--bundle", str(tiny_bundle), "--out", str(out), "--json"]
+    first = runner.invoke(app, command)
+    assert first.exit_code == 1  # one study failed
+    assert json.loads(first.stdout) | {"out": ""} == {
+        "studies": 4, "drafted": 3, "kept": 0, "failed": 1, "out": "",
+    }  # fmt: skip
+    index = json.loads((out / "worklist.json").read_text("utf-8"))["studies"]
+    assert [Path(e["study"]).name for e in index] == ["0.dcm", "1.dcm", "2.dcm", "notes.txt"]
+    assert [e["ok"] for e in index] == [True, True, True, False]
+    entry = json.loads((out / index[0]["file"]).read_text("utf-8"))
+    assert entry["report"]["status"] == "draft"
+    assert entry["report"]["banner"]
+    assert "is not an image" in json.loads((out / index[3]["file"]).read_text("utf-8"))["error"]
+    (folder / "notes.txt").unlink()
+    (out / index[1]["file"]).unlink()
+    second = runner.invoke(app, command)
+    assert second.exit_code == 0, second.stderr
+    assert json.loads(second.stdout)["drafted"] == 1
+    assert json.loads(second.stdout)["kept"] == 2
+    other = runner.invoke(app, [*command, "--llm", "F16"])
+    assert json.loads(other.stdout)["kept"] == 0  # another precision is another result
+
+
+@pytest.mark.parametrize("what", ["missing", "empty"])
+def test_a_wrong_directory_is_one_error(tiny_bundle: Path, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "folder"
+    if what == "empty":
+        folder.mkdir()
+    result = runner.invoke(
+        app, ["worklist", str(folder), "--bundle", str(tiny_bundle), "--out", str(tmp_path / "o")]
+    )
+    assert result.exit_code == 2
+    assert "directory" in result.stderr
+    assert not (tmp_path / "o").exists()
