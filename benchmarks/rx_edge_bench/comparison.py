@@ -1,8 +1,9 @@
 """Two sets of blocks compared: the text first, then the work, then the time.
 
-A different text ends the comparison: a faster wrong model is no improvement. Work (Tier 0) is
-exact, so one token more is a regression. Time (Tier 1) is judged by `statistics.py`: the total and
-the time to first token decide; the stages explain, and can only raise suspicion.
+A different text ends the comparison: a faster wrong model is no improvement. Time (Tier 1) is
+judged by `statistics.py`: the total and the time to first token decide; the stages explain, and can
+only raise suspicion. So can a difference in work: whether it is meant, a baseline says (`gate.py`),
+because there a person can accept it.
 
 Does not cover: measuring (`interleaved.py`) and baselines (`gate.py`).
 """
@@ -73,13 +74,15 @@ class Comparison:
     def table(self) -> str:
         """Plain text for people, in a terminal or in a test's failure."""
         lines = [f"verdict: {self.verdict}"]
+        worse, better = "REGRESSION", "improved: update the baseline"
+        if self.stages is not None:
+            worse, better = "more work", "less work"
         if not self.work:
             lines.append("work: equal")
         for change in self.work:
-            what = "REGRESSION" if change.worse else "improved: update the baseline"
             lines.append(
                 f"work: {change.draft} draft, {change.name}: {change.before:,} -> "
-                f"{change.now:,}  {what}"
+                f"{change.now:,}  {worse if change.worse else better}"
             )
         if self.stages:
             lines.append(f"{'time':<22}{'B / A':>8}{'95 % interval':>18}{'p':>9}{'blocks':>8}")
@@ -166,20 +169,19 @@ def compare(
     }
     work = work_changes(blocks_a[0]["work"], blocks_b[0]["work"])
     notes = (*(() if together else (APART,)), *(() if same_machine else (ELSEWHERE,)))
-    verdict = together_verdict(work, stages) if same_machine else "insufficient data"
+    verdict = time_verdict(work, stages) if same_machine else "insufficient data"
     return Comparison(verdict, work, stages, notes)
 
 
-def together_verdict(work: Iterable[Change], stages: Mapping[str, Judgement]) -> Verdict:
-    """More work is a regression, and so is a deciding time; any other doubt is suspicious."""
-    if any(change.worse for change in work):
-        return "regression"
+def time_verdict(work: Iterable[Change], stages: Mapping[str, Judgement]) -> Verdict:
+    """A deciding time speaks first; any other doubt is suspicious."""
     deciding = {stages[name].verdict for name in DECIDING if name in stages}
     for verdict in ("regression", "insufficient data"):
         if verdict in deciding:
             return verdict
     doubts = {judgement.verdict for judgement in stages.values()}
-    return "suspicious" if doubts & {"regression", "suspicious"} else "none"
+    doubtful = doubts & {"regression", "suspicious"} or any(change.worse for change in work)
+    return "suspicious" if doubtful else "none"
 
 
 def work_changes(

@@ -117,7 +117,7 @@ def check_work(now: dict[str, Any], baseline: dict[str, Any]) -> Comparison:
             )
     comparison.refuse_other_text([before, now])
     work = comparison.work_changes(before["work"], now["work"])
-    return Comparison(comparison.together_verdict(work, {}), work)
+    return Comparison("regression" if any(c.worse for c in work) else "none", work)
 
 
 def check_time(

@@ -26,7 +26,7 @@ from rx_edge.bundle import (
     Verdict,
     describe,
 )
-from rx_edge.config import ExportConfig, TrainRecipe, load_toml, to_mapping
+from rx_edge.config import ExportConfig, TrainRecipe, to_mapping
 from rx_edge.errors import RxEdgeError, UsageError, VerificationError
 from rx_edge_export import (
     artifacts,
@@ -82,8 +82,7 @@ def export(
     ):
         raise UsageError("llm_exporter 'optimum' makes onnx:fp32 only; leave other --llm onnx out")
     _check_target(out, force)
-    plan.refuse_unfinished(run)
-    recipe = load_toml(run / "recipe.toml", TrainRecipe)
+    recipe = plan.recipe_of(run)
     corpus = draft_corpus.load(run, recipe, config.drafts_from)
     plan.refuse_unfit(plan.make(run, config, out.parent, corpus), config.memory_gb)
     source = Path(config.calibration) if config.calibration else None

@@ -113,8 +113,7 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
     """
     eyes = targets.chosen(config.vision, targets.VISION, "--vision")
     mouths = targets.chosen(config.language, targets.LANGUAGE, "--llm")
-    refuse_unfinished(run)
-    recipe = load_toml(run / "recipe.toml", TrainRecipe)
+    recipe = recipe_of(run)
     language = Path(locate(recipe.model.language))
     architecture = gguf_architectures.read(language / "config.json")
     seen, notes = _vision_weights(run, recipe)
@@ -143,15 +142,17 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
     )
 
 
-def refuse_unfinished(run: Path) -> None:
-    """Stop where there is nothing to export yet.
+def recipe_of(run: Path) -> TrainRecipe:
+    """The recipe of a finished training run.
 
     Raises:
-        ModelError: `run` is not a finished training run.
+        ModelError: `run` is not finished.
+        ConfigError: its recipe.toml is wrong.
     """
     for needed in ("recipe.toml", "final/projector.safetensors"):
         if not (run / needed).is_file():
             raise ModelError(f"{str(run)!r} is not a finished training run: {needed} is missing")
+    return load_toml(run / "recipe.toml", TrainRecipe)
 
 
 def refuse_unfit(plan: Plan, memory_gb: float = 0.0) -> None:

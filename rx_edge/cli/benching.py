@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rx_edge.cli.common import BundleArgument, Group, LanguageChoice, VisionChoice, print_json, say
+from rx_edge.cli.common import (
+    BundleArgument,
+    Group,
+    LanguageChoice,
+    NoDrafts,
+    VisionChoice,
+    print_json,
+    say,
+)
+from rx_edge.config import RuntimeConfig
 from rx_edge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +56,7 @@ def run(
     ] = None,
     vision: VisionChoice = None,
     llm: LanguageChoice = None,
+    no_drafts: NoDrafts = False,
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="so many fresh processes, for `compare`")
     ] = None,
@@ -58,11 +68,13 @@ def run(
     from rx_edge_bench.latency import measure
 
     if blocks is not None:
-        both = {"image": image, "repeats": repeats, "vision": vision, "llm": llm}
+        both: dict[str, Any] = {"image": image, "repeats": repeats, "vision": vision, "llm": llm}
+        both["off"] = "drafts" if no_drafts else None
         side = interleaved.Side(bundle, options=_options(both))
         _deliver(interleaved.measure_blocks(side, blocks, tick=_tick), out)
         return
-    with open_session(bundle, vision=vision, language=llm) as session:
+    runtime = RuntimeConfig(drafts=not no_drafts)
+    with open_session(bundle, vision=vision, language=llm, runtime=runtime) as session:
         study, of = image or block.first_canary(session), 10 if repeats is None else repeats
         result = measure(session, study, repeats=of, tick=lambda n: say(f"{n}/{of}"))
     _deliver(result, out)

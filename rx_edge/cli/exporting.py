@@ -23,6 +23,15 @@ if TYPE_CHECKING:
     from rx_edge.bundle import Manifest, Verdict
     from rx_edge.config import ExportConfig
 
+DraftsFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--drafts-from",
+        help="training reports whose text goes into drafts.bin: auto, none, pairs.jsonl, "
+        "directory of Open-i XML; de-identified only",
+    ),
+]
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="finished training run")],
@@ -40,14 +49,7 @@ def export(
         list[Path] | None,
         typer.Option("--canary", help="real study to verify on; copied into the bundle"),
     ] = None,
-    drafts_from: Annotated[
-        str | None,
-        typer.Option(
-            "--drafts-from",
-            help="training reports whose text goes into drafts.bin: auto, none, pairs.jsonl, "
-            "directory of Open-i XML; de-identified only",
-        ),
-    ] = None,
+    drafts_from: DraftsFrom = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="override a recipe key: key=value")
     ] = None,

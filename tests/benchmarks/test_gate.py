@@ -223,6 +223,15 @@ def test_a_slower_stage_alone_is_suspicious(real_block: dict[str, Any]) -> None:
     assert found.verdict == "suspicious"
 
 
+def test_more_work_at_the_same_speed_is_suspicious(real_block: dict[str, Any]) -> None:
+    a, b = blocks(real_block, 1.0), blocks(real_block, 1.0)
+    for row in b["blocks"]:
+        row["work"]["next"]["prefill_tokens"] += 1
+    found = comparison.compare(a, b)
+    assert found.verdict == "suspicious"
+    assert "more work" in found.table()
+
+
 def test_files_that_were_measured_apart_say_so(real_block: dict[str, Any]) -> None:
     a, b = blocks(real_block, 1.0, run="one"), blocks(real_block, 1.0, run="two", count=9)
     assert comparison.APART in comparison.compare(a, b).notes
