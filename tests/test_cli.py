@@ -184,7 +184,7 @@ def test_a_bench_result_is_json(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "latency.json"
     result = runner.invoke(app, ["bench", str(tiny_bundle), "--repeats", "3", "--json", str(out)])
     assert result.exit_code == 0, result.stderr
-    assert json.loads(out.read_text("utf-8"))["schema"] == "rx-edge-latency/1"
+    assert json.loads(out.read_text("utf-8"))["schema"] == "rx-edge-latency/2"
     assert runner.invoke(app, ["bench", str(tiny_bundle), "--repeats", "1"]).exit_code == 2
 
 

@@ -87,7 +87,7 @@ def test_both_polarities_give_the_same_draft(tiny_bundle: Path, tmp_path: Path) 
 
 def test_bench_times_the_same_stream(tiny_bundle: Path, phantom_study: Path) -> None:
     with open_session(tiny_bundle, max_new_tokens=8) as session:
-        result = measure(session, phantom_study, repeats=3)
+        result = measure(session, [phantom_study], repeats=3)
     assert result["work"]["identical_drafts"]
     assert result["seconds"]["total"]["q1"] <= result["seconds"]["total"]["q3"]
     assert result["environment"]["cores_allowed"] == len(os.sched_getaffinity(0))

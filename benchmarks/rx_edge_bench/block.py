@@ -17,6 +17,7 @@ Does not cover: comparing blocks (`comparison.py`), starting them in turn (`inte
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import statistics
@@ -145,7 +146,9 @@ def count_work(session: Session, study: Path) -> dict[str, Any]:
     drafter: Any = getattr(session, "drafter", None)  # older versions have none
     try:
         if drafter is not None:
-            session.drafter = cast("Drafter", Timeless(drafter))
+            unmeasured = copy.copy(drafter)  # without the profile of `rx-edge tune` too
+            unmeasured.costs = type(drafter.costs)()
+            session.drafter = cast("Drafter", Timeless(unmeasured))
         for name in ("first", "next"):
             counts = dict.fromkeys(COUNTS, 0)
             session.vision = CountingVision(vision, counts)
@@ -213,6 +216,9 @@ def first_canary(session: Session) -> Path:
 def _draft(session: Session, study: Path) -> tuple[Report, dict[str, float]]:
     from rx_edge.runtime.pipeline import draft
 
+    forget = getattr(session.drafter, "forget", None) if hasattr(session, "drafter") else None
+    if forget:
+        forget()  # the same study again: it must not be drafted from memory
     stream = draft(session, study)
     started, first = time.perf_counter(), 0.0
     while True:

@@ -19,7 +19,7 @@ from typing import Any
 
 from rx_edge.errors import UsageError, VerificationError
 from rx_edge_bench import interleaved
-from rx_edge_bench.statistics import TOLERANCE, Judgement, Verdict, judge
+from rx_edge_bench.statistics import MIN_BLOCKS, TOLERANCE, Judgement, Verdict, judge
 
 BASELINE_SCHEMA = "rx-edge-baseline/1"
 DECIDING = ("total", "time_to_first_token")
@@ -27,6 +27,7 @@ STAGES = (*DECIDING, "vision", "prefill", "decode_per_token")
 IDENTITY = ("model", "vision", "language", "pixel_sha256", "max_new_tokens")
 SAME_STUDY = ("pixel_sha256", "max_new_tokens")  # what two sides must share to be compared
 APART = "the sides were not measured in turn: the machine's drift is part of the difference"
+NOISY = "the interval reaches too far for a verdict: take more --pairs, or an idle machine"
 ELSEWHERE = "measured on different machines: no verdict about the software"
 
 
@@ -168,8 +169,10 @@ def compare(
         if all(name in block["median"] for block in (*blocks_a, *blocks_b))
     }
     work = work_changes(blocks_a[0]["work"], blocks_b[0]["work"])
-    notes = (*(() if together else (APART,)), *(() if same_machine else (ELSEWHERE,)))
     verdict = time_verdict(work, stages) if same_machine else "insufficient data"
+    noisy = verdict == "insufficient data" and stages["total"].blocks >= MIN_BLOCKS
+    told = ((APART, not together), (ELSEWHERE, not same_machine), (NOISY, noisy and same_machine))
+    notes = tuple(note for note, applies in told if applies)
     return Comparison(verdict, work, stages, notes)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge.errors import RxEdgeError
+from rx_edge.machine import cpu_model, physical_cores
 
 PACKAGES = (
     "rx-edge",
@@ -32,9 +33,9 @@ ENGINES = ("numpy", "onnxruntime", "llama-cpp-python", "tokenizers")  # they dec
 def environment() -> dict[str, Any]:
     """CPU, memory, operating system and versions as JSON-ready data."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores_allowed": len(os.sched_getaffinity(0)),
-        "physical_cores_allowed": _physical_cores(),
+        "physical_cores_allowed": physical_cores(),
         "governor": _governor(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "load_average": [round(x, 2) for x in os.getloadavg()],
@@ -54,8 +55,8 @@ def fingerprint() -> str:
     one compares.
     """
     parts = {
-        "cpu": _cpu_model(),
-        "cores": [len(os.sched_getaffinity(0)), _physical_cores()],
+        "cpu": cpu_model(),
+        "cores": [len(os.sched_getaffinity(0)), physical_cores()],
         "system": [platform.system(), platform.release().partition(".")[0], platform.machine()],
         "python": list(platform.python_version_tuple()[:2]),
         "engines": {name: _version(name) for name in ENGINES},
@@ -83,24 +84,6 @@ def _governor() -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         return None
-
-
-def _physical_cores() -> int:
-    """Physical cores this process may run on."""
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text(encoding="utf-8") if siblings.is_file() else str(cpu))
-    return len(cores)
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def _memory_bytes() -> int:

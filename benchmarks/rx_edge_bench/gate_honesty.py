@@ -1,7 +1,7 @@
 """Does the latency gate cry wolf, and does it sleep?
 
 A/A runs compare a bundle with itself: every regression there is a false alarm. Planted runs slow
-every engine call of one side down: every run without a regression there is a miss. A planted
+every engine call of one side down: a verdict "none" there is a miss. A planted
 second call of the encoder must be caught by Tier 0 each time. Planted runs share side A with an
 A/A run (three sides in turn), which saves a third of the time.
 
@@ -61,20 +61,29 @@ def measure(
         blocks = _in_turn(sides, pairs)
         rows += [_row(blocks, other) for other in sides if other != "A"]
         progress("gate runs", number + 1, runs, rows[-1]["verdict"])
-    equal = [row["verdict"] for row in rows if row["kind"] == "A/A"]
-    slower = [row["verdict"] for row in rows if row["kind"] == "planted"]
     return {
         "schema": SCHEMA,
         "rule": {"tolerance": TOLERANCE, "p": P_LIMIT, "blocks": pairs, "repeats": repeats},
         "slowdown": slowdown,
-        "false_alarms": share(equal.count("regression"), len(equal)),
-        "suspicious_without_cause": share(equal.count("suspicious"), len(equal)),
-        "caught": share(slower.count("regression"), len(slower)),
-        "suspicious_with_cause": share(slower.count("suspicious"), len(slower)),
+        **_shares(rows),
         "extra_encoder_call_caught": share(_extra_encoder_calls(bundle), ENCODER_TRIES),
         "runs": rows,
         "fingerprint": fingerprint(),
         "environment": environment(),
+    }
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    equal = [row["verdict"] for row in rows if row["kind"] == "A/A"]
+    slower = [row["verdict"] for row in rows if row["kind"] == "planted"]
+    return {
+        "false_alarms": share(equal.count("regression"), len(equal)),
+        "suspicious_without_cause": share(equal.count("suspicious"), len(equal)),
+        "no_verdict_without_cause": share(equal.count("insufficient data"), len(equal)),
+        "caught": share(slower.count("regression"), len(slower)),
+        "suspicious_with_cause": share(slower.count("suspicious"), len(slower)),
+        "no_verdict_with_cause": share(slower.count("insufficient data"), len(slower)),
+        "missed": share(slower.count("none"), len(slower)),
     }
 
 

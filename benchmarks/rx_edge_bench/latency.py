@@ -1,7 +1,8 @@
 """Time the product's own stream: image files in, final texts out.
 
 Every round drafts every study through `rx_edge.runtime.pipeline.draft`, so that studies take turns
-and a slow minute of the machine falls on all of them. Medians and quartiles are over all drafts
+and a slow minute of the machine falls on all of them; the session forgets its drafts in between, or
+it would draft from memory. Medians and quartiles are over all drafts
 after the warm-up; higher quantiles only where there are enough (`statistics.quantiles_allowed`).
 The work done (tokens, passes, proposals) is recorded beside the time.
 
@@ -23,8 +24,10 @@ import numpy as np
 
 from rx_edge.config import to_mapping
 from rx_edge.errors import UsageError
+from rx_edge.machine import physical_cores
 from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import Session
+from rx_edge.runtime.tuning import seconds_per_pass
 from rx_edge.types import Report, Timings
 from rx_edge_bench import resources
 from rx_edge_bench.environment import environment, fingerprint
@@ -69,16 +72,19 @@ def measure(
             f"{len(studies)} studies x --repeats {repeats} are too few to tell a spread; "
             f"{LEAST} drafts are needed"
         )
-    for study in studies[: max(1, warmup)] * bool(warmup):
-        timed(session, study, 0)
+    for number in range(warmup):
+        timed(session, studies[number % len(studies)], 0)
     drafts: list[Drafted] = []
     meter, resident = resources.Energy(), []
     for _ in range(repeats):
+        forget(session)
         for number, study in enumerate(studies):
             drafts.append(timed(session, study, number))
             resident.append(resources.resident_bytes())
             tick(len(drafts))
     joules = meter.joules()
+    threads = session.generate.threads or physical_cores()
+    weights = session.bundle.manifest.files[session.artifact.file].bytes
     return {
         "schema": SCHEMA,
         "bundle_sha256": session.bundle.digest,
@@ -95,6 +101,9 @@ def measure(
             "joules_per_report": None if joules is None else joules / len(drafts),
             "source": meter.source,
         },
+        "roofline": resources.roofline(
+            weights, seconds_per_pass(session, 1), resources.read_bandwidth(threads)
+        ),
         "fingerprint": fingerprint(),
         "environment": environment(),
     }
@@ -139,6 +148,12 @@ def timed(session: Session, study: Path, number: int) -> Drafted:
             return Drafted(number, report, sentence or time.perf_counter() - started)
         if not sentence and any(mark in text for mark in SENTENCE_ENDS):
             sentence = time.perf_counter() - started
+
+
+def forget(session: Session) -> None:
+    """Before a study is drafted again: its first draft would be the perfect proposal."""
+    if session.drafter:
+        session.drafter.forget()
 
 
 def run_to_end(session: Session, study: Path) -> Report:

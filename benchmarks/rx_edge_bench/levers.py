@@ -21,7 +21,7 @@ from rx_edge.bundle import open_bundle
 from rx_edge.config import RuntimeConfig
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge_bench.environment import environment, fingerprint
-from rx_edge_bench.latency import Drafted, median, summary, timed
+from rx_edge_bench.latency import Drafted, forget, median, summary, timed
 from rx_edge_bench.statistics import RESAMPLES, SEED
 
 SCHEMA = "rx-edge-levers/1"
@@ -107,6 +107,8 @@ def _take_turns(
     """Every setting drafts a study before the next study; who begins changes every time."""
     names, done = list(sessions), 0
     for _ in range(repeats):
+        for session in sessions.values():
+            forget(session)
         for number, study in enumerate(studies):
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 drafts[name].append(timed(sessions[name], study, number))

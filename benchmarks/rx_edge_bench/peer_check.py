@@ -4,17 +4,14 @@ llama-cpp-python's own `Llama` class shares llama.cpp with us but none of our co
 OpenVINO GenAI reads the same GGUF with a reader and kernels of its own. A difference counts for
 little where our two best tokens were nearly equal, so their distance in logits is told.
 
-OpenVINO GenAI may need other packages than rx-edge: it runs in an interpreter of its own, named
-by RX_EDGE_OPENVINO_PYTHON. What cannot run is reported with the reason, never left out.
+OpenVINO GenAI runs in an interpreter of its own (`peer_engines/openvino_lm.py`). What cannot run is
+reported with the reason, never left out.
 
-Does not cover: images (engines differ in how they take them), speed, and other engines.
+Does not cover: images and speed (`peers.py`), and other engines.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +26,11 @@ from rx_edge.optional import require
 from rx_edge.prompting import encode
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge_bench.environment import environment
+from rx_edge_bench.peer_engines import openvino_lm
 
 SCHEMA = "rx-edge-peers/1"
-VARIABLE = "RX_EDGE_OPENVINO_PYTHON"
 # `Llama` leaves flash attention off; we have it on, which rounds otherwise
 LLAMA_CPP = {"llama-cpp-python": False, "llama-cpp-python flash_attn": True}
-TIMEOUT = 1800  # seconds for the other interpreter: it converts the GGUF when it loads it
 INSTRUCTIONS = (
     "The image shows a normal chest.",
     "The image shows a large left pleural effusion.",
@@ -45,23 +41,6 @@ INSTRUCTIONS = (
 )
 # KV cache in float16 as llama.cpp's, and no 8-bit activations; both are off by default there
 _OPENVINO_SETTINGS = {"KV_CACHE_PRECISION": "f16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-_OPENVINO = """
-import json, sys
-asked = json.load(sys.stdin)
-import numpy, openvino, openvino_genai
-pipe = openvino_genai.LLMPipeline(asked["file"], "CPU", **asked["settings"])
-config = openvino_genai.GenerationConfig()
-config.max_new_tokens = asked["max_new_tokens"]
-config.do_sample = False
-config.stop_token_ids = {asked["end"]}
-config.eos_token_id = asked["end"]
-config.apply_chat_template = False
-said = []
-for ids in asked["prompts"]:
-    tensor = openvino.Tensor(numpy.asarray([ids], numpy.int64))
-    said.append([int(t) for t in pipe.generate(tensor, config).tokens[0]])
-sys.stdout.write("\\n" + json.dumps({"version": openvino_genai.__version__, "said": said}) + "\\n")
-"""
 
 
 @dataclass(frozen=True)
@@ -236,58 +215,15 @@ def _llama_cpp(
 def _openvino(
     session: Session, file: Path, prompts: Sequence[Sequence[int]], limit: int
 ) -> dict[str, Any]:
-    python = os.environ.get(VARIABLE)
-    if not python:
-        return {
-            "ran": False,
-            "reason": f"{VARIABLE} is not set: name the python of an environment with "
-            "openvino-genai and openvino-tokenizers",
-        }
-    asked = {
-        "file": str(file.resolve()),
-        "settings": _OPENVINO_SETTINGS,
-        "prompts": [list(ids) for ids in prompts],
-        "max_new_tokens": limit,
-        "end": session.prompt.end,
-    }
+    reason = openvino_lm.is_available()
+    if reason is not None:
+        return {"ran": False, "reason": reason}
+    end = session.prompt.end
     try:
-        answer = _other_interpreter(python, asked)
+        with openvino_lm.Worker(file, _OPENVINO_SETTINGS) as worker:
+            version = worker.version
+            rows = [worker.generate(ids, limit, end=end)[0] for ids in prompts]
     except BackendError as error:
         return {"ran": False, "reason": str(error)}
-    end = session.prompt.end
-    said = [row[:-1] if row and row[-1] == end else row for row in answer["said"]]
-    return {
-        "ran": True,
-        "version": answer["version"],
-        "settings": _OPENVINO_SETTINGS,
-        "said": said,
-    }
-
-
-def _other_interpreter(python: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """Run `_OPENVINO` there; its last line of output is the answer.
-
-    Raises:
-        BackendError: it did not answer; the last line of its errors, without paths, says why.
-    """
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    try:
-        done = subprocess.run(
-            [python, "-c", _OPENVINO],
-            env={**environment, "DO_NOT_TRACK": "1"},
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        kind = type(error).__name__  # its text names the file
-        raise BackendError(f"the interpreter of {VARIABLE} gave no answer: {kind}") from error
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        reason = lines[-1].replace(asked["file"], Path(asked["file"]).name)
-        raise BackendError(f"OpenVINO GenAI ended with code {done.returncode}: {reason}") from None
-    return answer
+    said = [row[:-1] if row and row[-1] == end else row for row in rows]
+    return {"ran": True, "version": version, "settings": _OPENVINO_SETTINGS, "said": said}

@@ -33,7 +33,7 @@ from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.config import ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
-from rx_edge_export.mmproj_check import MARKER
+from rx_edge_export.libmtmd import MARKER
 
 IMAGE_BEGIN, IMAGE_END = "<img>", "</img>"  # libmtmd puts exactly these around an internvl image
 PROJECTOR_EPS = 1e-5  # fixed in llama.cpp for the projector's layer norm

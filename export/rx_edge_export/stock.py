@@ -16,7 +16,7 @@ from rx_edge.bundle import Artifact, StageResult
 from rx_edge.config import GenerateConfig
 from rx_edge.errors import UsageError
 from rx_edge.types import FloatArray, ImageTensor
-from rx_edge_export import mmproj_check, mmproj_gguf, stock_files
+from rx_edge_export import libmtmd, mmproj_check, mmproj_gguf, stock_files
 from rx_edge_export.artifacts import Workshop
 from rx_edge_export.golden import golden_file
 from rx_edge_export.targets import Target
@@ -74,7 +74,7 @@ def finish(
 
     pixels = {name: load_file(shop.bundle / golden_file(name))["pixels"] for name in canaries}
     found = mmproj_check.compare(out, llm_file, pixels, recipe.image, encode)
-    with mmproj_check.Stock(out, llm_file) as engine:
+    with libmtmd.Stock(out, llm_file) as engine:
         own = engine.chat_template()
     stock_files.write(
         shop.bundle,

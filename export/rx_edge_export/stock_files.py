@@ -22,7 +22,7 @@ from rx_edge.atomic import replacing
 from rx_edge.config import DRAFT_BANNER, GenerateConfig, ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
 from rx_edge.optional import require
-from rx_edge_export.mmproj_check import MARKER
+from rx_edge_export.libmtmd import MARKER
 
 DIRECTORY = "stock"
 _PROBE = "\x02content\x03"  # a text that no template holds
@@ -49,7 +49,7 @@ def write(
     """Write `stock/` into the bundle.
 
     Args:
-        own_template: chat template inside the language file (`mmproj_check.Stock.chat_template`).
+        own_template: chat template inside the language file (`libmtmd.Stock.chat_template`).
 
     Returns:
         The files, relative to the bundle.

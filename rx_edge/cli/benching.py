@@ -17,6 +17,7 @@ from rx_edge.cli.common import (
     NoDrafts,
     VisionChoice,
     print_json,
+    progress,
     say,
 )
 from rx_edge.config import RuntimeConfig
@@ -31,6 +32,10 @@ EXIT_CODES = {"none": 0, "suspicious": 0, "regression": 4, "insufficient data": 
 
 Image = Annotated[
     Path | None, typer.Option("--image", help="study to time; default: the first canary")
+]
+Images = Annotated[
+    list[Path] | None,
+    typer.Option("--image", help="study or directory, repeatable; default: the first canary"),
 ]
 Out = Annotated[Path | None, typer.Option("--json", help="write the result here")]
 Tolerance = Annotated[
@@ -50,34 +55,101 @@ class BenchGroup(Group):
 
 def run(
     bundle: BundleArgument,
-    image: Image = None,
+    image: Images = None,
     repeats: Annotated[
-        int | None, typer.Option("--repeats", help="timed runs: 10, or 3 in every block")
+        int | None, typer.Option("--repeats", help="timed rounds: 10; 3 in a block or per lever")
     ] = None,
     vision: VisionChoice = None,
     llm: LanguageChoice = None,
     no_drafts: NoDrafts = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="switch off one lever of speed after the other")
+    ] = False,
+    without: Annotated[
+        str | None, typer.Option("--without", help="with --ablate: this artefact as well")
+    ] = None,
     blocks: Annotated[
         int | None, typer.Option("--blocks", min=1, help="so many fresh processes, for `compare`")
     ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="write a page with plots")] = None,
     out: Out = None,
 ) -> None:
     """Time the whole path, image file to final text."""
+    if blocks is not None:
+        _deliver(_blocks(bundle, image, repeats, vision, llm, no_drafts, blocks), out)
+        return
+    result = (_ablated if ablate else _timed)(
+        bundle, image, repeats, vision, llm, no_drafts, without
+    )
+    if html is not None:
+        from rx_edge_bench.latency_page import page
+
+        html.write_text(page(result), encoding="utf-8")
+        say(f"written: {html}")
+    _deliver(result, out)
+
+
+def _timed(
+    bundle: Path, image: list[Path] | None, repeats: int | None, vision: str | None,
+    llm: str | None, no_drafts: bool, _: str | None,
+) -> dict[str, Any]:  # fmt: skip
     from rx_edge.runtime.session import open_session
-    from rx_edge_bench import block, interleaved
+    from rx_edge_bench.block import first_canary
     from rx_edge_bench.latency import measure
 
-    if blocks is not None:
-        both: dict[str, Any] = {"image": image, "repeats": repeats, "vision": vision, "llm": llm}
-        both["off"] = "drafts" if no_drafts else None
-        side = interleaved.Side(bundle, options=_options(both))
-        _deliver(interleaved.measure_blocks(side, blocks, tick=_tick), out)
-        return
-    runtime = RuntimeConfig(drafts=not no_drafts)
-    with open_session(bundle, vision=vision, language=llm, runtime=runtime) as session:
-        study, of = image or block.first_canary(session), 10 if repeats is None else repeats
-        result = measure(session, study, repeats=of, tick=lambda n: say(f"{n}/{of}"))
-    _deliver(result, out)
+    runtime, rounds = RuntimeConfig(drafts=not no_drafts), 10 if repeats is None else repeats
+    with open_session(bundle, vision=vision, language=llm, runtime=runtime) as session, \
+            progress() as bars:  # fmt: skip
+        studies = studies_of(image) or [first_canary(session)]
+        of = rounds * len(studies)
+        return measure(session, studies, repeats=rounds, tick=lambda n: bars("drafting", n, of, ""))
+
+
+def _ablated(
+    bundle: Path, image: list[Path] | None, repeats: int | None, vision: str | None,
+    llm: str | None, no_drafts: bool, without: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    from rx_edge.bundle import open_bundle
+    from rx_edge_bench.levers import measure
+
+    if no_drafts or vision:
+        raise UsageError("--ablate switches levers off by itself; leave out --no-drafts, --vision")
+    opened = open_bundle(bundle)
+    studies = studies_of(image) or [opened.path(opened.manifest.canaries[0])]
+    with progress() as bars:
+        return measure(
+            bundle,
+            studies,
+            repeats=3 if repeats is None else repeats,
+            language=llm,
+            without=without,
+            tick=lambda done, of: bars("studies", done, of, ""),
+        )
+
+
+def _blocks(
+    bundle: Path, image: list[Path] | None, repeats: int | None, vision: str | None,
+    llm: str | None, no_drafts: bool, blocks: int,
+) -> dict[str, Any]:  # fmt: skip
+    from rx_edge_bench import interleaved
+
+    if image and len(image) > 1:
+        raise UsageError("--blocks times one study; give --image once")
+    both: dict[str, Any] = {"repeats": repeats, "vision": vision, "llm": llm}
+    both["image"] = image[0] if image else None
+    both["off"] = "drafts" if no_drafts else None
+    side = interleaved.Side(bundle, options=_options(both))
+    return interleaved.measure_blocks(side, blocks, tick=_tick)
+
+
+def studies_of(paths: list[Path] | None) -> list[Path]:
+    """Files as they are; directories as the files below them."""
+    from rx_edge.runtime.worklist_store import studies_below
+
+    found: list[Path] = []
+    for path in paths or ():
+        found += studies_below(path) if path.is_dir() else [path]
+    return found
 
 
 def compare(
@@ -136,16 +208,13 @@ def gate(
 
     both = {"image": image, "repeats": repeats, "vision": vision, "llm": llm}
     shared = (*_options(both), *(setting or ()))
-    b = _with(interleaved.Side(bundle), (*shared, *(setting_b or ())))
     a = None
     if against or setting_a or setting_b:
-        a, reason = interleaved.reference(bundle, against)
-        say(f"side A: {reason}; side B: {bundle}")
-        a = _with(a, (*shared, *(setting_a or ())))
+        a = _with(_reference(bundle, against), (*shared, *(setting_a or ())))
     path = baseline or gating.default_baseline()
     compared = not update_baseline and (baseline is not None or path.is_file())
     result = gating.gate(
-        b,
+        _with(interleaved.Side(bundle), (*shared, *(setting_b or ()))),
         baseline=gating.read_baseline(path) if compared else None,
         a=a,
         pairs=gating.PAIRS if pairs is None else pairs,
@@ -156,6 +225,51 @@ def gate(
         gating.write_baseline(path, result.counted, result.b)
         say(f"accepted as the baseline: {path}; commit it")
     _conclude(result, out, accepted=update_baseline)
+
+
+def peers(
+    bundle: BundleArgument,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="the bundle's training run, for transformers")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", help="study or directory of them; repeatable; default: canaries"),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="turns of every study")] = 3,
+    llm: LanguageChoice = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="default: the bundle's")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="of every engine; default: the bundle's")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Other engines beside ours: the same weights, images and prompt, taking turns."""
+    from rx_edge_bench.peers import measure
+    from rx_edge_bench.peers_table import table
+
+    result = measure(
+        bundle,
+        images or (),
+        run=run,
+        repeats=repeats,
+        language=llm,
+        max_new_tokens=max_new_tokens,
+        threads=threads,
+        tick=lambda what, done, of: say(f"{what}: {done}/{of}"),
+    )
+    say(table(result))
+    _deliver(result, out)
+
+
+def _reference(bundle: Path, against: Path | None) -> Side:
+    from rx_edge_bench.interleaved import reference
+
+    side, reason = reference(bundle, against)
+    say(f"side A: {reason}; side B: {bundle}")
+    return side
 
 
 def _conclude(result: Comparison | Result, out: Path | None, *, accepted: bool = False) -> None:

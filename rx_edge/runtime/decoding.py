@@ -125,6 +125,8 @@ class Draft:
             self.finish = "length"
         elif _loops(self.ids):
             self.finish = "loop"
+        if self._drafter and self.finish:
+            self._drafter.remember([*self.ids, self._end] if ended else self.ids)
         return Step(tuple(chosen), _log_probabilities(rows[: len(chosen)], chosen))
 
     def _choices(self, rows: FloatArray) -> tuple[list[int], bool]:

@@ -3,8 +3,9 @@
 A pass over k + 1 tokens costs more than one over a single token, by a factor that depends on the
 machine, the precision and the model; a proposal is worth its chance of being accepted. Both are
 learnt while drafting: the seconds of a pass per width, and how often proposals of a given chance
-(`rx_edge.draft_index`) came true. Proposed is the length with the most expected tokens per second,
-nothing where that is best.
+came true. Of the report corpus (`rx_edge.draft_index`) and earlier drafts (`draft_memory.py`), the
+source and the length with the most expected tokens per second are taken; nothing where that is
+best.
 
 Widths are a fixed few, because GPU graphs and kernels are built per width.
 
@@ -14,11 +15,12 @@ Does not cover: what is proposed (`rx_edge.draft_index`), verification (`decodin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from rx_edge.draft_index import DraftIndex
+from rx_edge.draft_index import DraftIndex, Proposal
+from rx_edge.runtime.draft_memory import DraftMemory
 from rx_edge.types import IntArray
 
 WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # tokens per pass: the last chosen one and the proposals
@@ -81,22 +83,30 @@ def _bin(chance: float) -> int:
     return min(BINS - 1, int(chance * BINS))
 
 
-@dataclass
+class Source(Protocol):
+    """Where proposals come from: the report corpus, or earlier drafts."""
+
+    def propose(self, context: Sequence[int], limit: int) -> Proposal: ...
+
+
 class Drafter:
     """Proposes for one draft after another; keeps what it learnt.
 
     Attributes:
-        index: the report corpus.
-        end: the token that ends a draft; never proposed, since nothing follows it.
-        max_draft: most tokens per proposal.
+        index: the report corpus; None where the bundle has none.
+        costs: of passes, on this machine.
     """
 
-    index: DraftIndex
-    end: int
-    max_draft: int
-    costs: PassCosts = field(default_factory=PassCosts)
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    _chances: tuple[float, ...] = ()
+    def __init__(
+        self, index: DraftIndex | None, end: int, max_draft: int, costs: PassCosts | None = None
+    ) -> None:
+        """`end` ends a draft and is never proposed, since nothing follows it."""
+        self.index, self.costs = index, costs or PassCosts()
+        self._end, self._max_draft = end, max_draft
+        self._memory = DraftMemory()
+        sources: list[Source] = [index, self._memory] if index else [self._memory]
+        self._sources = [(source, Acceptance()) for source in sources]
+        self._proposed: tuple[Acceptance, tuple[float, ...]] | None = None
 
     def propose(self, ids: Sequence[int], room: int) -> IntArray:
         """Likely next tokens (k,), k >= 0, after the draft so far.
@@ -105,38 +115,57 @@ class Drafter:
             ids: the draft's tokens so far.
             room: most tokens that may be proposed.
         """
-        limit = min(self.max_draft, room)
-        if limit <= 0:
-            self._chances = ()
-            return np.zeros(0, np.int32)
-        proposal = self.index.propose(ids, limit)
-        known = proposal.ids
-        if self.end in known:
-            known = known[: known.index(self.end)]
-        length = self._best(proposal.chances[: len(known)])
-        self._chances = proposal.chances[:length]
-        return np.asarray(known[:length], np.int32)
+        self._proposed, best, best_rate = None, _NOTHING, 1.0  # a pass over one token: rate 1
+        limit = min(self._max_draft, room)
+        for source, acceptance in self._sources if limit > 0 else ():
+            proposal = source.propose(ids, limit)
+            known = proposal.ids
+            if self._end in known:
+                known = known[: known.index(self._end)]
+            length, rate = self._best(proposal.chances[: len(known)], acceptance)
+            if rate > best_rate:
+                best, best_rate = np.asarray(known[:length], np.int32), rate
+                self._proposed = acceptance, proposal.chances[:length]
+        return best
 
     def judged(self, accepted: int) -> None:
         """The first `accepted` tokens of the last proposal were right, the next one was not."""
-        for index, chance in enumerate(self._chances[: accepted + 1]):
-            self.acceptance.add(chance, index < accepted)
-        self._chances = ()
+        if self._proposed:
+            acceptance, chances = self._proposed
+            for index, chance in enumerate(chances[: accepted + 1]):
+                acceptance.add(chance, index < accepted)
+        self._proposed = None
 
     def passed(self, width: int, seconds: float) -> None:
         """A pass of `width` tokens took this long."""
         if width in PRIOR_COST:
             self.costs.add(width, seconds)
 
-    def _best(self, chances: Sequence[float]) -> int:
-        """The number of proposals with the most expected tokens per second."""
-        best, best_rate = 0, 1.0  # tokens per cost of a pass over one token
+    def remember(self, ids: Sequence[int]) -> None:
+        """A draft is finished: later ones will resemble it."""
+        self._memory.add(ids)
+
+    def forget(self) -> None:
+        """Drop the earlier drafts: who drafts a study twice must not find its first draft here."""
+        self._memory.clear()
+
+    def close(self) -> None:
+        """Give the corpus back."""
+        if self.index:
+            self.index.close()
+
+    def _best(self, chances: Sequence[float], acceptance: Acceptance) -> tuple[int, float]:
+        """The number of proposals with the most expected tokens per cost, and that rate."""
+        best, best_rate = 0, 1.0
         expected, reach = 1.0, 1.0
         for count, chance in enumerate(chances, start=1):
-            reach *= self.acceptance.of(chance)
+            reach *= acceptance.of(chance)
             expected += reach
             if count + 1 in WIDTHS:
                 rate = expected / self.costs.relative(count + 1)
                 if rate > best_rate:
                     best, best_rate = count, rate
-        return best
+        return best, best_rate
+
+
+_NOTHING: IntArray = np.zeros(0, np.int32)

@@ -27,7 +27,7 @@ class Session(Closing):
     """A loaded bundle.
 
     Attributes:
-        drafter: proposes tokens from the bundle's report corpus; None = off, or it has none.
+        drafter: proposes tokens, which the language model verifies; None = switched off.
         notes: sentences for the user about what was chosen and why.
         warnings: what the verification said about the artefacts in use; flags of every draft.
         unverified: True when the bundle was accepted without a passing verdict.
@@ -52,7 +52,7 @@ class Session(Closing):
         self.vision.close()
         self.language.close()
         if self.drafter:
-            self.drafter.index.close()
+            self.drafter.close()
 
 
 def open_session(
@@ -162,8 +162,9 @@ def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -
 
 
 def _drafter(bundle: Bundle, end: int, runtime: RuntimeConfig) -> Drafter | None:
-    index = open_drafts(bundle) if runtime.drafts and runtime.max_draft else None
-    return Drafter(index, end, runtime.max_draft) if index else None
+    if not (runtime.drafts and runtime.max_draft):
+        return None
+    return Drafter(open_drafts(bundle), end, runtime.max_draft)
 
 
 def _tune(session: Session) -> None:

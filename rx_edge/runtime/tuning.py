@@ -77,14 +77,14 @@ def measure(session: Session, tick: Callable[[str], None] = lambda _: None) -> P
         for count in _candidates(physical_cores()):
             tick(f"{count} threads")
             set_threads(count)
-            by_threads[count] = _seconds(session, 1)
+            by_threads[count] = seconds_per_pass(session, 1)
         fastest = min(by_threads.values())
         threads = next(c for c, s in by_threads.items() if s <= fastest * NEARLY)
         set_threads(threads)
     pass_seconds = {}
     for width in WIDTHS:
         tick(f"{width} tokens per pass")
-        pass_seconds[width] = _seconds(session, width)
+        pass_seconds[width] = seconds_per_pass(session, width)
     profile = Profile(threads, pass_seconds, by_threads)
     path = _path(session)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _candidates(cores: int) -> list[int]:
     return sorted({2**power for power in range(cores.bit_length())} | {cores})
 
 
-def _seconds(session: Session, width: int) -> float:
+def seconds_per_pass(session: Session, width: int) -> float:
     """Median seconds of a pass over `width` tokens after a prompt; the first one is a warm-up."""
     language, ids = session.language, np.arange(PREFIX + width, dtype=np.int32)
     language.rewind(0)

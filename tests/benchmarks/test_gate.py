@@ -86,6 +86,8 @@ def test_counts_do_not_depend_on_the_clock(tiny_bundle: Path) -> None:
                 time.sleep(pause * len(ids))
                 return step(ids)
 
+            assert session.drafter is not None
+            session.drafter.costs.add(4, 1e-6 + pause)  # as if `rx-edge tune` had run here
             session.language.step = slow  # type: ignore[method-assign]
             found.append(block.count_work(session, block.first_canary(session)))
     assert found[0] == found[1]
@@ -223,6 +225,15 @@ def test_a_slower_stage_alone_is_suspicious(real_block: dict[str, Any]) -> None:
     assert found.verdict == "suspicious"
 
 
+def test_a_noisy_machine_gives_no_verdict(real_block: dict[str, Any]) -> None:
+    a, b = blocks(real_block, 1.0), blocks(real_block, 1.0)
+    for number, row in enumerate(b["blocks"]):
+        row["median"]["total"] *= 1.5 if number % 2 else 0.7
+    found = comparison.compare(a, b)
+    assert found.verdict == "insufficient data"
+    assert comparison.NOISY in found.notes
+
+
 def test_more_work_at_the_same_speed_is_suspicious(real_block: dict[str, Any]) -> None:
     a, b = blocks(real_block, 1.0), blocks(real_block, 1.0)
     for row in b["blocks"]:
@@ -324,7 +335,7 @@ def test_a_fingerprint_tells_machines_apart(monkeypatch: pytest.MonkeyPatch) -> 
     assert mine == fingerprint()
     assert len(mine) == 12
     assert {"governor", "physical_cores_allowed", "llama_cpp"} <= environment().keys()
-    monkeypatch.setattr("rx_edge_bench.environment._cpu_model", lambda: "another CPU")
+    monkeypatch.setattr("rx_edge_bench.environment.cpu_model", lambda: "another CPU")
     assert fingerprint() != mine
 
 

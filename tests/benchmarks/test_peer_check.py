@@ -15,7 +15,8 @@ from rx_edge.bundle import open_bundle
 from rx_edge.cli import studies
 from rx_edge.errors import UsageError
 from rx_edge_bench import peer_check
-from rx_edge_bench.peer_check import SCHEMA, VARIABLE, Said, check, first_difference, judge
+from rx_edge_bench.peer_check import SCHEMA, Said, check, first_difference, judge
+from rx_edge_bench.peer_engines.openvino_lm import VARIABLE
 
 PROMPTS = ("The heart size is normal.", "There is a pleural effusion.", "")
 
@@ -82,10 +83,12 @@ def test_the_other_interpreter_is_asked_and_judged(
     """A stand-in for OpenVINO that ends at once: the protocol works, and the end is a token."""
     fake = tmp_path / "python"
     fake.write_text(
-        f"#!{sys.executable}\nimport json, sys\nasked = json.load(sys.stdin)\n"
+        f"#!{sys.executable}\nimport json, sys\nasked = json.loads(sys.stdin.readline())\n"
         "assert sys.argv[1] == '-c' and asked['file'].endswith('llm.F16.gguf')\n"
-        "said = [[asked['end']] for _ in asked['prompts']]\n"
-        "print(json.dumps({'version': '0', 'said': said}))\n",
+        "print('noise\\nrx-edge ' + json.dumps({'version': '0'}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    end = json.loads(line)['end']\n"
+        "    print('rx-edge ' + json.dumps({'ids': [end], 'seconds': 0.5}), flush=True)\n",
         encoding="utf-8",
     )
     fake.chmod(0o755)

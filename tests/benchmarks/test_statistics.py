@@ -117,17 +117,33 @@ def test_the_least_blocks_follow_from_the_p_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "low", "p", "verdict"),
+    ("ratio", "low", "high", "p", "verdict"),
     [
-        (1.20, 1.10, 0.0005, "regression"),
-        (1.20, 1.10, 0.01, "suspicious"),
-        (1.03, 1.02, 0.0005, "suspicious"),
-        (1.20, 0.99, 0.2, "none"),
-        (0.80, 0.75, 0.0005, "none"),  # clearly faster: the p-value has no direction
+        (1.20, 1.10, 1.30, 0.0005, "regression"),
+        (1.20, 1.10, 1.30, 0.01, "suspicious"),
+        (1.03, 1.02, 1.04, 0.0005, "suspicious"),
+        (1.02, 0.99, 1.06, 0.2, "none"),
+        (1.10, 0.90, 1.30, 0.2, "insufficient data"),  # too noisy to exclude what matters
+        (0.80, 0.75, 0.85, 0.0005, "none"),  # clearly faster: the p-value has no direction
     ],
 )
-def test_both_witnesses_must_agree(ratio: float, low: float, p: float, verdict: str) -> None:
-    assert decide(ratio, low, p, tolerance=1.05) == verdict
+def test_both_witnesses_must_agree(
+    ratio: float, low: float, high: float, p: float, verdict: str
+) -> None:
+    assert decide(ratio, low, high, p, tolerance=1.05) == verdict
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_a_noisy_machine_is_told_and_not_passed() -> None:
+    """At 20 % noise between blocks +15 % cannot be seen: "none" would be a guess."""
+    found = verdicts(1.15, 0.2, 10, seed=5)
+    assert found.count("none") / len(found) <= 0.05
+
+
+@pytest.mark.usefixtures("fewer_resamples")
+def test_a_quiet_machine_gets_a_verdict() -> None:
+    found = verdicts(1.0, 0.03, 10, seed=6)
+    assert found.count("none") / len(found) >= 0.95
 
 
 def test_the_interval_is_the_same_every_time_and_covers() -> None:

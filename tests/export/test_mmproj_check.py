@@ -20,7 +20,7 @@ from rx_edge.model.report_model import load_run
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
 from rx_edge.radiograph import open_radiograph
 from rx_edge.types import Radiograph
-from rx_edge_export import llm_gguf, mmproj_check, phantom
+from rx_edge_export import libmtmd, llm_gguf, mmproj_check, phantom
 from rx_edge_export import mmproj_gguf as writer
 from tests.conftest import DEMO_RUN
 from tests.demo_studies import demo_study
@@ -51,14 +51,14 @@ def test_it_needs_no_torch() -> None:
 def test_libmtmd_refusals_are_errors(tiny: Tiny, tmp_path: Path) -> None:
     absent = tmp_path / "absent.gguf"
     with pytest.raises(BackendError, match="absent"):
-        mmproj_check.Stock(absent, tiny.llm)
+        libmtmd.Stock(absent, tiny.llm)
     with pytest.raises(BackendError, match="absent"):
-        mmproj_check.Stock(tiny.mmproj("vit"), absent)
+        libmtmd.Stock(tiny.mmproj("vit"), absent)
     tiny_llama_dir(tmp_path / "wide", hidden_size=128)
     llm_gguf.write(tmp_path / "wide", tmp_path / "wide.gguf", dtype="f32", name="wide")
     with pytest.raises(BackendError, match="mismatch"):
-        mmproj_check.Stock(tiny.mmproj("vit"), tmp_path / "wide.gguf")
-    with mmproj_check.Stock(tiny.mmproj("vit"), tiny.llm) as stock:
+        libmtmd.Stock(tiny.mmproj("vit"), tmp_path / "wide.gguf")
+    with libmtmd.Stock(tiny.mmproj("vit"), tiny.llm) as stock:
         with pytest.raises(BackendError, match=r"uint8 \(S, S, 3\) needed"):
             stock.soft_prompt(np.zeros((56, 56), np.uint8))
         stock.close()

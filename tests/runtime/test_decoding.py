@@ -95,8 +95,8 @@ def test_wrong_proposals_change_nothing(session: Session, plain: Draft, seed: in
 
 
 def test_a_proposed_end_ends_nothing(session: Session, plain: Draft) -> None:
-    helper = drafter(lambda ids: [*plain.ids[len(ids) :][:2], session.prompt.end, 5], end=END)
-    helper.end = session.prompt.end
+    end = session.prompt.end
+    helper = drafter(lambda ids: [*plain.ids[len(ids) :][:2], end, 5], end=end)
     assert grown(session, helper)[0].ids == plain.ids
 
 

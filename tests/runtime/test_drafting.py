@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rx_edge.draft_index import Proposal
+from rx_edge.runtime.draft_memory import DRAFTS, DraftMemory
 from rx_edge.runtime.drafting import PRIOR_COST, WIDTHS, Acceptance, Drafter, PassCosts
 
 END = 2
@@ -88,3 +89,39 @@ def test_measured_costs_replace_the_prior() -> None:
     for _ in range(100):
         costs.add(8, 0.030)
     assert costs.relative(8) == pytest.approx(3.0, rel=0.01)
+
+
+def test_earlier_drafts_are_proposed_where_the_corpus_knows_less() -> None:
+    index: Any = Index(())
+    helper = Drafter(index, END, 15, PassCosts(FREE))
+    draft = [5, 6, 7, 8, 9, 10, END]
+    assert len(helper.propose([5], 99)) == 0
+    for _ in range(3):
+        helper.remember(draft)
+    assert helper.propose([5], 99).tolist() == [6, 7, 8, 9, 10]
+    assert helper.propose([5, 6], 4).tolist() == [7, 8, 9]
+    helper.forget()
+    assert len(helper.propose([5], 99)) == 0
+
+
+def test_a_session_without_a_corpus_learns_as_well() -> None:
+    helper = Drafter(None, END, 15, PassCosts(FREE))
+    helper.remember([5, 6, 7, 8, 9, END])
+    assert helper.propose([5, 6], 99).tolist() == [7, 8, 9]
+    helper.close()
+
+
+def test_memory_follows_the_most_frequent_and_forgets_the_oldest() -> None:
+    memory = DraftMemory()
+    memory.add([1, 2, 3])
+    memory.add([1, 2, 4])
+    memory.add([1, 2, 4])
+    assert memory.propose([1], 5).ids == (2, 4)
+    assert memory.propose([], 5).ids == (1, 2, 4)
+    assert memory.propose([9, 9, 1], 5).ids == (2, 4)  # a shorter end of the context
+    assert memory.propose([99], 5).ids == ()
+    for number in range(DRAFTS):
+        memory.add([1, 1000 + number])
+    assert memory.propose([1, 2], 5).ids == ()
+    assert memory.propose([1], 1).ids == (1000,)
+    assert len(memory._next) < 3 * DRAFTS  # nothing of forgotten drafts is kept

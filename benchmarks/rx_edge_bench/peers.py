@@ -1,0 +1,375 @@
+"""Other engines beside ours, in time: the same weights, images and prompt, greedy, taking turns.
+
+Two tables. *End to end*: image file to final text. *Language model alone*: random token ids in, a
+fixed number of tokens out, with as many as our drafts had; engines that take no soft prompt can be
+compared only here, and `llama.cpp raw` is what `llama-bench` times, so that ours / raw is the
+overhead of our own code. Before the next study every engine has its turn, and who begins changes.
+
+A ratio is seconds of the engine / seconds of ours, the median over studies, with a 95 % interval by
+a bootstrap over studies. What cannot run here is reported with the reason, never left out.
+
+Does not cover: whether other engines say the same on text prompts (`peer_check.py`), servers.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
+
+from rx_edge import guards
+from rx_edge.bundle import Bundle, open_bundle
+from rx_edge.errors import InputError, UsageError
+from rx_edge.machine import physical_cores
+from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
+from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.worklist_store import studies_below
+from rx_edge_bench.environment import environment, fingerprint
+from rx_edge_bench.latency import median, spread
+from rx_edge_bench.peer_check import LLAMA_CPP, first_difference
+from rx_edge_bench.peer_engines import hf, llama_mtmd, llama_raw, openvino_lm, ours
+from rx_edge_bench.peer_engines.base import (
+    Answer,
+    Drafter,
+    Engine,
+    Job,
+    Picture,
+    Writer,
+    random_ids,
+)
+from rx_edge_bench.statistics import ratio_interval
+from rx_edge_export.mmproj_check import write_square
+
+SCHEMA = "rx-edge-peers-latency/1"
+OURS, PLAIN = "rx-edge", "rx-edge, drafts off"
+MTMD, RAW, OPENVINO = "llama.cpp multimodal", "llama.cpp raw", "OpenVINO GenAI"
+SOFT = "rx-edge, soft prompt"
+OVERHEAD_LIMIT = 1.03  # ours / llama.cpp raw
+NOTES = (
+    "llama.cpp multimodal reads the 8-bit PNG square of `rx-edge prepare`, made before and not "
+    "timed; ours and transformers read and prepare the study itself. That favours llama.cpp.",
+    "transformers computes with float32 weights, not with those of the GGUF.",
+    "OpenVINO GenAI takes no soft prompt: its language half alone, with its own defaults "
+    "(8-bit KV cache).",
+    "Language model alone: prompts are random token ids. llama.cpp raw is what llama-bench times.",
+)
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Engine)
+Rounds: TypeAlias = list[list[T]]  # [study][repeat]
+Tick: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Candidate(Generic[E]):
+    """An engine that may run here. `missing`: why it does not, known without opening it."""
+
+    open: Callable[[], E]
+    missing: str | None = None
+
+
+def measure(
+    root: Path,
+    studies: Sequence[Path],
+    *,
+    run: Path | None = None,
+    repeats: int = 3,
+    language: str | None = None,
+    max_new_tokens: int | None = None,
+    threads: int | None = None,
+    tick: Tick = lambda *_: None,
+) -> dict[str, Any]:
+    """Time every engine on every study.
+
+    Args:
+        studies: image files, and directories of them; empty = the bundle's canaries.
+        run: the training run of the bundle, for transformers; None = reported as missing.
+        language: a GGUF artefact; None = the bundle's default.
+        max_new_tokens: most tokens of a draft; None = as the bundle says.
+        threads: CPU threads of every engine; None = as the bundle says, else one per core.
+
+    Returns:
+        JSON-ready, schema `SCHEMA`; seconds, counts and ratios. No text and no file name.
+
+    Raises:
+        UsageError: no usable study, or the artefact is no GGUF.
+        BundleError, BackendError: our own engine refuses.
+    """
+    bundle = open_bundle(root)
+    job, prompt = _job(bundle, run, language, max_new_tokens, threads)
+    named = studies or [bundle.path(name) for name in bundle.manifest.canaries]
+    with tempfile.TemporaryDirectory(prefix="rx-edge-peers-") as work:
+        pictures, refused = _pictures(named, bundle, Path(work))
+        whole, answers = _end_to_end(job, pictures, repeats, tick)
+    read = len(prompt.before) + bundle.manifest.soft_tokens + len(prompt.after)
+    written = max(2, round(median([len(rounds[0].ids) for rounds in answers])))
+    alone = _language_alone(job, (read, written), len(pictures), repeats, tick)
+    return {
+        **_header(job),
+        "studies": len(pictures),
+        "studies_refused": refused,
+        "repeats": repeats,
+        "notes": list(NOTES),
+        "end_to_end": whole,
+        "language_alone": alone,
+        "fingerprint": fingerprint(),
+        "environment": environment(),
+    }
+
+
+def _header(job: Job) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "bundle_sha256": job.bundle.digest,
+        "model": job.bundle.manifest.name,
+        "artifact": job.artifact.name,
+        "threads": job.threads,
+        "max_new_tokens": job.limit,
+    }
+
+
+def take_turns(
+    engines: Mapping[str, E],
+    turn: Callable[[E, int, int], T],
+    studies: int,
+    repeats: int,
+    tick: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Rounds[T]]:
+    """`turn(engine, study, repeat)` of every engine before the next study.
+
+    The beginner rotates, and after every full rotation the direction changes: no engine always
+    follows the same one.
+    """
+    names, done = list(engines), 0
+    found: dict[str, Rounds[T]] = {name: [[] for _ in range(studies)] for name in names}
+    for repeat in range(repeats):
+        for study in range(studies):
+            rotation, first = divmod(done, len(names))
+            for name in (names[first:] + names[:first])[:: -1 if rotation % 2 else 1]:
+                found[name][study].append(turn(engines[name], study, repeat))
+            done += 1
+            tick(done, repeats * studies)
+    return found
+
+
+def ratio(base: Rounds[float], other: Rounds[float]) -> dict[str, float]:
+    """Seconds of `other` / seconds of `base`: median over studies, and its 95 % interval."""
+    one, two = (np.asarray([median(r) for r in rounds], np.float64) for rounds in (base, other))
+    centre, low, high = ratio_interval(one, two)
+    return {"ratio": centre, "low": low, "high": high, "studies": len(one)}
+
+
+def _job(
+    bundle: Bundle, run: Path | None, language: str | None, limit: int | None, threads: int | None
+) -> tuple[Job, PromptIds]:
+    manifest, artifact = bundle.manifest, bundle.language(language)
+    if artifact.format != "llm_gguf":
+        raise UsageError(
+            f"other engines read GGUF: {artifact.name!r} is none; name one, e.g. --llm gguf:Q8_0"
+        )
+    prompt = prompt_ids(manifest.prompt, load_tokenizer(bundle.path(manifest.tokenizer)))
+    job = Job(
+        bundle=bundle,
+        artifact=artifact,
+        run=run,
+        end=prompt.end,
+        limit=limit or manifest.generate.max_new_tokens,
+        threads=threads or manifest.generate.threads or physical_cores(),
+    )
+    return job, prompt
+
+
+def _pictures(paths: Iterable[Path], bundle: Bundle, work: Path) -> tuple[list[Picture], int]:
+    """The usable studies with their squares, and how many files were none."""
+    found: list[Picture] = []
+    refused = 0
+    for path in (f for p in paths for f in (studies_below(p) if p.is_dir() else [p])):
+        square = work / f"{len(found)}.png"
+        try:
+            guards.check_image(open_radiograph(path))
+            write_square(path, bundle.manifest.image, square)
+        except InputError:
+            refused += 1
+        else:
+            found.append(Picture(path, square))
+    if not found:
+        raise UsageError(f"none of {refused} files is a usable chest radiograph; see --images")
+    return found, refused
+
+
+# --- end to end ---------------------------------------------------------------------------------
+
+
+def _end_to_end(
+    job: Job, pictures: Sequence[Picture], repeats: int, tick: Tick
+) -> tuple[dict[str, Any], Rounds[Answer]]:
+    """A row per engine; and our answers, drafts off."""
+    merged = functools.cache(lambda: hf.load_merged(job))  # both caches share it
+    absent = hf.is_available(job)
+    peers: dict[str, Candidate[Drafter]] = {
+        MTMD: Candidate(lambda: llama_mtmd.LlamaMtmd(job), llama_mtmd.is_available(job))
+    }
+    for name, cache in hf.CACHES.items():
+        peers[name] = Candidate(functools.partial(hf.Transformers, merged, job, cache), absent)
+    with ExitStack() as stack:
+        engines: dict[str, Drafter] = {
+            name: stack.enter_context(ours.open_ours(job, drafts=drafts))
+            for name, drafts in ((OURS, True), (PLAIN, False))
+        }
+        for engine in engines.values():
+            engine.draft(pictures[0])
+        missing = _open(stack, peers, engines, lambda e: e.draft(pictures[0]))
+        found = take_turns(
+            engines,
+            lambda engine, study, _: engine.draft(pictures[study]),
+            len(pictures),
+            repeats,
+            functools.partial(tick, "end to end"),
+        )
+        rows = {name: _drafts_row(engines[name], found, name) for name in engines}
+    return {**rows, **missing}, found[PLAIN]
+
+
+def _drafts_row(engine: Drafter, found: Mapping[str, Rounds[Answer]], name: str) -> dict[str, Any]:
+    base = [rounds[0] for rounds in found[PLAIN]]
+    mine = [rounds[0] for rounds in found[name]]
+    equal = [a.text == b.text for a, b in zip(base, mine, strict=True)]
+    seconds = {n: [[a.seconds for a in r] for r in rounds] for n, rounds in found.items()}
+
+    def against(other: str, studies: Sequence[bool]) -> dict[str, float] | None:
+        one, two = (
+            [r for r, use in zip(seconds[n], studies, strict=True) if use] for n in (other, name)
+        )
+        return ratio(one, two) if one else None
+
+    return {
+        "ran": True,
+        "weights": engine.weights,
+        "settings": engine.settings,
+        "seconds": spread([s for rounds in seconds[name] for s in rounds]),
+        "new_tokens": spread([float(len(a.ids)) for a in mine]),
+        "against": {other: against(other, [True] * len(mine)) for other in (OURS, PLAIN)},
+        "against_where_text_is_equal": {other: against(other, equal) for other in (OURS, PLAIN)},
+        "text": {
+            "equal": sum(equal),
+            "of": len(equal),
+            "differ": [
+                {"study": number, "first_difference": first_difference(a.ids, b.ids)}
+                for number, (a, b, same) in enumerate(zip(base, mine, equal, strict=True))
+                if not same
+            ],
+            "same_every_time": all(len({a.ids for a in rounds}) == 1 for rounds in found[name]),
+        },
+    }
+
+
+# --- language model alone -----------------------------------------------------------------------
+
+
+def _language_alone(
+    job: Job, tokens: tuple[int, int], prompts: int, repeats: int, tick: Tick
+) -> dict[str, Any]:
+    """A row per engine.
+
+    Args:
+        tokens: how many are read and how many are written.
+    """
+    read, written = tokens
+    with ExitStack() as stack:
+        own = ours.Language(job, job.artifact)
+        engines: dict[str, Writer] = {OURS: stack.enter_context(own)}
+        engines[SOFT] = stack.enter_context(ours.Language(job, job.artifact, soft=True))
+
+        def turn(engine: Writer, prompt: int, repeat: int) -> float:
+            # never the same prompt twice: OpenVINO GenAI keeps the cache of what it has read
+            ids = random_ids(read, own.n_vocab, prompt + repeat * prompts)
+            return engine.write(ids, written)
+
+        for engine in engines.values():
+            turn(engine, 0, repeats)
+        missing = _open(stack, _writers(job), engines, lambda e: turn(e, 0, repeats))
+        seconds = take_turns(
+            engines, turn, prompts, repeats, functools.partial(tick, "language model alone")
+        )
+        rows = {
+            name: {
+                "ran": True,
+                "weights": engine.weights,
+                "settings": engine.settings,
+                "seconds": spread([s for rounds in seconds[name] for s in rounds]),
+                "against": {OURS: ratio(seconds[OURS], seconds[name])},
+            }
+            for name, engine in engines.items()
+        }
+    return {
+        "prompt_tokens": read,
+        "new_tokens": written,
+        "engines": {**rows, **missing},
+        "overhead": _overhead(seconds),
+    }
+
+
+def _writers(job: Job) -> dict[str, Candidate[Writer]]:
+    absent = llama_raw.is_available()
+    found: dict[str, Candidate[Writer]] = {RAW: Candidate(lambda: llama_raw.LlamaRaw(job), absent)}
+    for name, flash in LLAMA_CPP.items():
+        found[name] = Candidate(
+            functools.partial(llama_raw.LlamaHighLevel, job, flash_attn=flash), absent
+        )
+    graphs = [a for a in job.bundle.manifest.language if a.format == "llm_onnx"]
+    for graph in graphs:
+        name = f"ONNX Runtime {graph.precision}"
+        found[name] = Candidate(functools.partial(ours.Language, job, graph))
+    if not graphs:
+        found["ONNX Runtime"] = Candidate(
+            lambda: ours.Language(job, job.artifact),
+            "the bundle has no ONNX language model: export it with --llm onnx:int8",
+        )
+    found[OPENVINO] = Candidate(
+        lambda: openvino_lm.OpenVinoLanguage(job), openvino_lm.is_available()
+    )
+    return found
+
+
+def _overhead(seconds: Mapping[str, Rounds[float]]) -> dict[str, Any] | None:
+    """Ours / llama.cpp raw, with token ids and with a soft prompt; None without raw."""
+    if RAW not in seconds:
+        return None
+    ratios = {name: ratio(seconds[RAW], seconds[name]) for name in (OURS, SOFT)}
+    within = {name: found["ratio"] <= OVERHEAD_LIMIT for name, found in ratios.items()}
+    return {"of": RAW, "limit": OVERHEAD_LIMIT, "ratios": ratios, "within_limit": within}
+
+
+def _open(
+    stack: ExitStack,
+    candidates: Mapping[str, Candidate[E]],
+    engines: dict[str, E],
+    warm: Callable[[E], object],
+) -> dict[str, Any]:
+    """Open and warm up what can run, into `engines`; a row with the reason for the others."""
+    missing: dict[str, Any] = {}
+    for name, candidate in candidates.items():
+        reason = candidate.missing
+        if reason is None:
+            try:
+                engine = candidate.open()
+                stack.enter_context(engine)
+                warm(engine)
+                engines[name] = engine
+            except Exception as error:  # other engines raise anything
+                reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            missing[name] = {"ran": False, "reason": without_directories(reason)}
+    return missing
+
+
+def without_directories(message: str) -> str:
+    """A message whose paths are cut down to the file's own name."""
+    return re.sub(r"(?<![\w.])(?:/[^/\s'\"]+)*/(?=[^/\s'\"])", "", message)

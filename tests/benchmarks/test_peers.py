@@ -1,0 +1,204 @@
+"""Engines taking turns: the structure, equal texts, and nothing left out in silence. No timing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rx_edge.bundle import open_bundle
+from rx_edge.cli import app
+from rx_edge.config import ExportConfig
+from rx_edge.errors import BackendError, UsageError
+from rx_edge_bench import peers
+from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm
+from rx_edge_bench.peer_engines.base import Answer
+from rx_edge_bench.peers import MTMD, OPENVINO, OURS, PLAIN, RAW, SCHEMA, SOFT
+from rx_edge_bench.peers_table import table
+from rx_edge_export.export import export
+
+TOKENS = 12
+HF = tuple(hf.CACHES)
+
+
+@pytest.fixture(autouse=True)
+def _no_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(openvino_lm.VARIABLE, raising=False)
+
+
+@pytest.fixture(scope="module")
+def stock_bundle(tiny_run: Path, once: Callable[..., Path]) -> Path:
+    config = ExportConfig(vision=("onnx:fp32",), language=("gguf:F16",), stock=True)
+    return once("stock-bundle", lambda path: export(tiny_run, path, config=config))
+
+
+@pytest.fixture(scope="module")
+def images(tiny_pairs: Path) -> list[Path]:
+    return [tiny_pairs / "images" / f"study-{number}.jpg" for number in (16, 17)]
+
+
+@pytest.fixture(scope="module")
+def result(stock_bundle: Path, tiny_run: Path, images: list[Path]) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(openvino_lm.VARIABLE, raising=False)
+        return peers.measure(
+            stock_bundle, images, run=tiny_run, repeats=2, max_new_tokens=TOKENS, threads=1
+        )
+
+
+def test_every_engine_has_its_row(result: dict[str, Any]) -> None:
+    assert (result["schema"], result["artifact"], result["studies"]) == (SCHEMA, "gguf:F16", 2)
+    assert list(result["end_to_end"]) == [OURS, PLAIN, MTMD, *HF]
+    for name, row in result["end_to_end"].items():
+        assert row["ran"], (name, row)
+        assert row["seconds"]["n"] == 4
+        assert row["against"][OURS]["studies"] == 2
+        assert 0 < row["against"][OURS]["low"] <= row["against"][OURS]["ratio"]
+        assert row["text"]["same_every_time"]
+    assert result["end_to_end"][OURS]["against"][OURS]["ratio"] == 1.0
+
+
+def test_the_texts_are_ours(result: dict[str, Any]) -> None:
+    for name in (OURS, PLAIN, MTMD, *HF):
+        row = result["end_to_end"][name]
+        assert row["text"]["equal"] == row["text"]["of"] == 2, (name, row["text"])
+        assert row["text"]["differ"] == []
+        assert row["new_tokens"]["median"] > 2  # else there was nothing to compare
+        assert row["against_where_text_is_equal"] == row["against"]
+
+
+def test_the_language_model_alone(result: dict[str, Any]) -> None:
+    alone = result["language_alone"]
+    assert alone["prompt_tokens"] > 4
+    assert 2 <= alone["new_tokens"] <= TOKENS
+    ran = [name for name, row in alone["engines"].items() if row["ran"]]
+    assert ran == [OURS, SOFT, RAW, *peers.LLAMA_CPP]
+    overhead = alone["overhead"]
+    assert (overhead["of"], overhead["limit"]) == (RAW, 1.03)
+    assert set(overhead["ratios"]) == set(overhead["within_limit"]) == {OURS, SOFT}
+
+
+def test_what_is_missing_is_named(result: dict[str, Any], stock_bundle: Path) -> None:
+    engines = result["language_alone"]["engines"]
+    assert engines[OPENVINO]["ran"] is False
+    assert openvino_lm.VARIABLE in engines[OPENVINO]["reason"]
+    assert "onnx:int8" in engines["ONNX Runtime"]["reason"]
+    shown = table(result)
+    for name in (*result["end_to_end"], *engines):
+        assert name in shown
+    assert openvino_lm.VARIABLE in shown
+
+
+def test_no_text_and_no_file_name(result: dict[str, Any], images: list[Path]) -> None:
+    text = json.dumps(result)
+    for word in (*(image.stem for image in images), ".jpg", "lungs", "effusion", "/tmp"):
+        assert word not in text, word
+
+
+def test_a_bundle_without_mmproj(stock_bundle: Path) -> None:
+    bundle = open_bundle(stock_bundle)
+    plain = replace(bundle, manifest=replace(bundle.manifest, stock=()))
+    job, _ = peers._job(plain, None, None, None, 1)
+    assert "stock=true" in (llama_mtmd.is_available(job) or "")
+
+
+def test_no_run_and_a_failing_interpreter(
+    stock_bundle: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command: transformers without a run, and a python without OpenVINO."""
+    monkeypatch.setenv(openvino_lm.VARIABLE, sys.executable)
+    out = tmp_path / "peers.json"
+    line = ["bench", "peers", str(stock_bundle), "--images", str(images[0]), "--llm", "gguf:F16"]
+    line += ["--max-new-tokens", "4", "--repeats", "1", "--threads", "1", "--json", str(out)]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text("utf-8"))
+    assert found["end_to_end"][MTMD]["ran"]
+    for name in HF:
+        assert found["end_to_end"][name] == {"ran": False, "reason": hf.NO_RUN}
+    assert "openvino" in found["language_alone"]["engines"][OPENVINO]["reason"]
+    assert "missing: " in done.output
+
+
+def test_an_unfinished_run_is_no_peer(
+    stock_bundle: Path, images: list[Path], tmp_path: Path
+) -> None:
+    found = peers.measure(
+        stock_bundle, images[:1], run=tmp_path / "nothing", repeats=1, max_new_tokens=2, threads=1
+    )
+    for name in HF:
+        row = found["end_to_end"][name]
+        assert not row["ran"]
+        assert "not a finished training run" in row["reason"]
+        assert str(tmp_path) not in row["reason"]
+
+
+def test_refusals(stock_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image", "utf-8")
+    with pytest.raises(UsageError, match="none of 1 files is a usable"):
+        peers.measure(stock_bundle, [tmp_path], repeats=1)
+
+
+def test_a_peer_that_says_something_else_is_listed() -> None:
+    """Study 1 differs in its second token; the ratio is also given without it."""
+    one = [[Answer((1, 2), "a b", 1.0)], [Answer((1, 2), "a b", 1.0)]]
+    two = [[Answer((1, 2), "a b", 2.0)], [Answer((1, 3), "a c", 8.0)]]
+    engine: Any = SimpleNamespace(weights="w", settings={})
+    row = peers._drafts_row(engine, {OURS: one, PLAIN: one, "peer": two}, "peer")
+    assert row["text"]["differ"] == [{"study": 1, "first_difference": 1}]
+    assert row["text"]["equal"] == 1
+    assert row["against"][OURS]["ratio"] == pytest.approx(4.0)  # geometric mean of 2 and 8
+    assert row["against_where_text_is_equal"][OURS]["ratio"] == pytest.approx(2.0)
+    assert row["against_where_text_is_equal"][OURS]["studies"] == 1
+
+
+def test_openvino_is_timed_by_its_own_clock(
+    stock_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in that writes as many tokens as asked, then one less, then ends."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        f"#!{sys.executable}\nimport json, sys\nsys.stdin.readline()\n"
+        "print('rx-edge ' + json.dumps({'version': '0'}), flush=True)\n"
+        "for less in (0, 1):\n"
+        "    asked = json.loads(sys.stdin.readline())\n"
+        "    ids = [0] * (asked['tokens'] - less)\n"
+        "    print('rx-edge ' + json.dumps({'ids': ids, 'seconds': 0.5}), flush=True)\n"
+        "sys.exit('out of tokens')\n",
+        encoding="utf-8",
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv(openvino_lm.VARIABLE, str(fake))
+    job, _ = peers._job(open_bundle(stock_bundle), None, None, 4, 1)
+    with openvino_lm.OpenVinoLanguage(job) as engine:
+        assert engine.write([1, 2], 3) == 0.5
+        with pytest.raises(BackendError, match="wrote 2 tokens; 3 were asked for"):
+            engine.write([1, 2], 3)
+        with pytest.raises(BackendError, match="out of tokens"):
+            engine.write([1, 2], 3)
+
+
+def test_turns_rotate_and_turn_round() -> None:
+    order: list[tuple[str, int]] = []
+
+    def turn(engine: Any, study: int, repeat: int) -> int:
+        order.append((engine, study))
+        return repeat
+
+    found = peers.take_turns({"a": "A", "b": "B"}, turn, 2, 2)  # type: ignore[type-var]
+    assert order[:4] == [("A", 0), ("B", 0), ("B", 1), ("A", 1)]
+    assert order[4:] == [("B", 0), ("A", 0), ("A", 1), ("B", 1)]
+    assert found == {"a": [[0, 1], [0, 1]], "b": [[0, 1], [0, 1]]}
+
+
+def test_paths_are_cut_to_names() -> None:
+    cut = peers.without_directories
+    assert cut("cannot load '/a/b/d.gguf': bad") == "cannot load 'd.gguf': bad"
+    assert cut("and/or 1 / 2") == "and/or 1 / 2"
