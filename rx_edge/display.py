@@ -72,3 +72,33 @@ def profile_table(profile: Profile) -> Any:
     for width, seconds in profile.pass_seconds.items():
         table.add_row(f"{width} tokens", f"{seconds * 1e3:.1f}", f"{seconds / one:.2f}")
     return table
+
+
+def evaluation_tables(result: dict[str, Any]) -> list[Any]:
+    """Figures with 95 % intervals beside their baselines, and the comparison of two systems."""
+    from rich.table import Table
+
+    from rx_edge.evaluate.files import shown
+
+    tables, protocol, data = [], result["protocol"]["name"], result["data"]
+    for one in result["systems"]:
+        title = (
+            f"{one['kind']} {one['label']}: {data['studies']} studies of {data['split']}, "
+            f"protocol {protocol}; {one['empty']} empty, {one['refused']} refused"
+        )
+        baselines = one["baselines"]
+        table = Table("metric", "system", *baselines, title=title)
+        for name, value in one["metrics"].items():
+            others = (shown(b["metrics"][name]) for b in baselines.values())
+            table.add_row(name, shown(value), *others)
+        tables.append(table)
+    if "comparison" in result:
+        found = result["comparison"]
+        title = f"second minus first; {100 * found['identical_drafts']:.1f} % of drafts identical"
+        table = Table("metric", "difference", "relative", "p", title=title)
+        for name, value in found["metrics"].items():
+            percent = "" if value["percent"] is None else f"{value['percent']:+.2f} %"
+            p = "" if value["p"] is None else f"{value['p']:.4f}"
+            table.add_row(name, shown(value), percent, p)
+        tables.append(table)
+    return tables

@@ -60,11 +60,14 @@ NOTES = (
     "(8-bit KV cache).",
     "Language model alone: prompts are random token ids. llama.cpp raw is what llama-bench times.",
 )
+LEAST_STUDIES = 10  # a bootstrap over fewer gives intervals that are too narrow
+FEW = f"Fewer than {LEAST_STUDIES} studies: a trial; the intervals are too narrow to conclude from."
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
 Rounds: TypeAlias = list[list[T]]  # [study][repeat]
 Tick: TypeAlias = Callable[[str, int, int], None]
+Margin: TypeAlias = Callable[[int, Sequence[int]], float]  # of our choice in a study, after ids
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def measure(
         "studies": len(pictures),
         "studies_refused": refused,
         "repeats": repeats,
-        "notes": list(NOTES),
+        "notes": [*NOTES, *([FEW] if len(pictures) < LEAST_STUDIES else [])],
         "end_to_end": whole,
         "language_alone": alone,
         "fingerprint": fingerprint(),
@@ -219,10 +222,10 @@ def _end_to_end(
     for name, cache in hf.CACHES.items():
         peers[name] = Candidate(functools.partial(hf.Transformers, merged, job, cache), absent)
     with ExitStack() as stack:
-        engines: dict[str, Drafter] = {
-            name: stack.enter_context(ours.open_ours(job, drafts=drafts))
-            for name, drafts in ((OURS, True), (PLAIN, False))
-        }
+        plain = ours.open_ours(job, drafts=False)
+        stack.enter_context(plain)
+        drafting = stack.enter_context(ours.open_ours(job, drafts=True))
+        engines: dict[str, Drafter] = {OURS: drafting, PLAIN: plain}
         for engine in engines.values():
             engine.draft(pictures[0])
         missing = _open(stack, peers, engines, lambda e: e.draft(pictures[0]))
@@ -233,11 +236,17 @@ def _end_to_end(
             repeats,
             functools.partial(tick, "end to end"),
         )
-        rows = {name: _drafts_row(engines[name], found, name) for name in engines}
+
+        def margin(study: int, ids: Sequence[int]) -> float:
+            return plain.margin(pictures[study], ids)
+
+        rows = {name: _drafts_row(engines[name], found, name, margin) for name in engines}
     return {**rows, **missing}, found[PLAIN]
 
 
-def _drafts_row(engine: Drafter, found: Mapping[str, Rounds[Answer]], name: str) -> dict[str, Any]:
+def _drafts_row(
+    engine: Drafter, found: Mapping[str, Rounds[Answer]], name: str, margin: Margin
+) -> dict[str, Any]:
     base = [rounds[0] for rounds in found[PLAIN]]
     mine = [rounds[0] for rounds in found[name]]
     equal = [a.text == b.text for a, b in zip(base, mine, strict=True)]
@@ -261,13 +270,22 @@ def _drafts_row(engine: Drafter, found: Mapping[str, Rounds[Answer]], name: str)
             "equal": sum(equal),
             "of": len(equal),
             "differ": [
-                {"study": number, "first_difference": first_difference(a.ids, b.ids)}
+                _difference(number, a.ids, b.ids, margin)
                 for number, (a, b, same) in enumerate(zip(base, mine, equal, strict=True))
                 if not same
             ],
             "same_every_time": all(len({a.ids for a in rounds}) == 1 for rounds in found[name]),
         },
     }
+
+
+def _difference(
+    study: int, wanted: Sequence[int], found: Sequence[int], margin: Margin
+) -> dict[str, Any]:
+    """Where two drafts part, and how undecided ours was there: little counts for little."""
+    at = first_difference(wanted, found)
+    logits = None if at is None else round(margin(study, wanted[:at]), 3)
+    return {"study": study, "first_difference": at, "margin": logits}
 
 
 # --- language model alone -----------------------------------------------------------------------

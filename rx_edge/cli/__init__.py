@@ -16,6 +16,7 @@ import rx_edge
 from rx_edge.cli import (
     benching,
     demonstration,
+    evaluating,
     exporting,
     models,
     packaging,
@@ -62,6 +63,7 @@ _bench.command("compare")(benching.compare)
 _bench.command("gate")(benching.gate)
 _bench.command("peers")(benching.peers)
 app.command()(training.train)
+app.command()(evaluating.evaluate)
 app.command()(exporting.export)
 app.command()(exporting.verify)
 app.command()(packaging.keygen)

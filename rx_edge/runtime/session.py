@@ -5,6 +5,7 @@ Does not cover: studies (`pipeline.py`). One session belongs to one thread.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,20 @@ def open_checked(
         generate = replace(generate, max_new_tokens=max_new_tokens)
     if threads is not None:
         generate = replace(generate, threads=threads)
-    tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
-    eyes = _open_vision(bundle, sees, generate)
-    try:
-        language_backend: LanguageBackend = registry.load(writes.format).open(
-            bundle.path(writes.file),
-            n_ctx=generate.n_ctx,
-            threads=generate.threads,
-            exact=exact,
-            fused=runtime.fused_prefill,
-        )
-    except BaseException:
-        eyes.close()
-        raise
+    with ThreadPoolExecutor(1) as pool:  # the two wait for files, not for each other
+        opening = pool.submit(_open_vision, bundle, sees, generate)
+        try:
+            tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
+            language_backend = _open_language(bundle, writes, generate, runtime, exact=exact)
+        except BaseException:
+            if not opening.exception():
+                opening.result().close()
+            raise
+        try:
+            eyes = opening.result()
+        except BaseException:
+            language_backend.close()
+            raise
     prompt = prompt_ids(manifest.prompt, tokenizer)
     session = Session(
         bundle=bundle,
@@ -146,6 +148,24 @@ def open_checked(
         session.close()
         raise
     return session
+
+
+def _open_language(
+    bundle: Bundle,
+    artifact: Artifact,
+    generate: GenerateConfig,
+    runtime: RuntimeConfig,
+    *,
+    exact: bool,
+) -> LanguageBackend:
+    backend: LanguageBackend = registry.load(artifact.format).open(
+        bundle.path(artifact.file),
+        n_ctx=generate.n_ctx,
+        threads=generate.threads,
+        exact=exact,
+        fused=runtime.fused_prefill,
+    )
+    return backend
 
 
 def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -> VisionBackend:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,9 +18,11 @@ from rx_edge.bundle import open_bundle
 from rx_edge.cli import app
 from rx_edge.config import ExportConfig
 from rx_edge.errors import BackendError, UsageError
+from rx_edge.prompting import layout
+from rx_edge.runtime.pipeline import open_study
 from rx_edge_bench import peers
-from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm
-from rx_edge_bench.peer_engines.base import Answer
+from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm, ours
+from rx_edge_bench.peer_engines.base import Answer, Picture
 from rx_edge_bench.peers import MTMD, OPENVINO, OURS, PLAIN, RAW, SCHEMA, SOFT
 from rx_edge_bench.peers_table import table
 from rx_edge_export.export import export
@@ -94,6 +97,7 @@ def test_what_is_missing_is_named(result: dict[str, Any], stock_bundle: Path) ->
     for name in (*result["end_to_end"], *engines):
         assert name in shown
     assert openvino_lm.VARIABLE in shown
+    assert peers.FEW in shown  # two studies conclude nothing
 
 
 def test_no_text_and_no_file_name(result: dict[str, Any], images: list[Path]) -> None:
@@ -107,6 +111,24 @@ def test_a_bundle_without_mmproj(stock_bundle: Path) -> None:
     plain = replace(bundle, manifest=replace(bundle.manifest, stock=()))
     job, _ = peers._job(plain, None, None, None, 1)
     assert "stock=true" in (llama_mtmd.is_available(job) or "")
+
+
+def test_the_margin_is_that_of_our_choice(
+    stock_bundle: Path, images: list[Path], tmp_path: Path
+) -> None:
+    bundle = open_bundle(stock_bundle)
+    job, _ = peers._job(bundle, None, None, TOKENS, 1)
+    picture = Picture(images[0], tmp_path / "none.png")
+    with ours.open_ours(job, drafts=False) as engine:
+        ids = engine.draft(picture).ids
+        found = [engine.margin(picture, ids[:at]) for at in range(len(ids))]
+        session = engine.session
+        soft = session.vision.encode(open_study(session, images[0])[1])[0]
+        session.language.rewind(0)
+        rows = [session.language.prefill(layout(session.prompt, soft))]
+        rows += [session.language.step(np.asarray([i], np.int32))[0] for i in ids[:-1]]
+    assert [int(row.argmax()) for row in rows] == list(ids)
+    assert found == pytest.approx([float(np.diff(np.sort(r)[-2:])[0]) for r in rows], abs=0.05)
 
 
 def test_no_run_and_a_failing_interpreter(
@@ -151,8 +173,9 @@ def test_a_peer_that_says_something_else_is_listed() -> None:
     one = [[Answer((1, 2), "a b", 1.0)], [Answer((1, 2), "a b", 1.0)]]
     two = [[Answer((1, 2), "a b", 2.0)], [Answer((1, 3), "a c", 8.0)]]
     engine: Any = SimpleNamespace(weights="w", settings={})
-    row = peers._drafts_row(engine, {OURS: one, PLAIN: one, "peer": two}, "peer")
-    assert row["text"]["differ"] == [{"study": 1, "first_difference": 1}]
+    found = {OURS: one, PLAIN: one, "peer": two}
+    row = peers._drafts_row(engine, found, "peer", lambda study, ids: study + len(ids) / 4)
+    assert row["text"]["differ"] == [{"study": 1, "first_difference": 1, "margin": 1.25}]
     assert row["text"]["equal"] == 1
     assert row["against"][OURS]["ratio"] == pytest.approx(4.0)  # geometric mean of 2 and 8
     assert row["against_where_text_is_equal"][OURS]["ratio"] == pytest.approx(2.0)

@@ -1,0 +1,70 @@
+"""A training run: torch in float32, the adapter unmerged. The only module here that needs torch.
+
+Does not cover: GPUs; a run is evaluated on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from rx_edge import image as images
+from rx_edge.evaluate.systems import Settings
+from rx_edge.guards import check_image
+from rx_edge.model.report_model import greedy_batch, load_run
+from rx_edge.optional import require
+from rx_edge.radiograph import open_radiograph
+from rx_edge.types import SoftPrompt
+
+BATCH = 8  # drafts that grow together
+
+
+class RunSystem:
+    """See `rx_edge.evaluate.systems.System`."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self._torch = require("torch", extra="train")
+        if settings.threads:
+            self._torch.set_num_threads(settings.threads)
+        self._model = load_run(path)
+        self._limit = settings.max_new_tokens
+        self.about: dict[str, Any] = {
+            "kind": "run",
+            "label": path.resolve().name,
+            "model": self._model.recipe.name,
+            "language": "torch float32, adapter unmerged",
+        }
+
+    def encode(self, image: Path) -> SoftPrompt:
+        """One image file -> (N, D_lm)."""
+        radiograph = open_radiograph(image)
+        check_image(radiograph)  # refuses what the bundle refuses
+        pixels = images.prepare(radiograph, self._model.recipe.image)
+        with self._torch.inference_mode():
+            soft: SoftPrompt = self._model.encoder(self._torch.from_numpy(pixels))[0].numpy()
+        return soft
+
+    def write(self, soft: Sequence[SoftPrompt]) -> list[str]:
+        """Greedy drafts, `BATCH` at a time."""
+        texts: list[str] = []
+        for start in range(0, len(soft), BATCH):
+            rows = self._torch.from_numpy(np.stack(soft[start : start + BATCH]))
+            for ids, _ in greedy_batch(self._model, rows, self._limit):
+                texts.append(self._model.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return texts
+
+    def __enter__(self) -> RunSystem:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        """Nothing is held but memory."""
+        del self._model

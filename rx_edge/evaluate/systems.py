@@ -1,0 +1,82 @@
+"""What can be evaluated: a directory that is a training run, or one that is a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+from rx_edge.bundle import MANIFEST
+from rx_edge.config import GenerateConfig
+from rx_edge.errors import UsageError
+from rx_edge.types import SoftPrompt
+
+Kind: TypeAlias = Literal["run", "bundle"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How systems are opened; the same for both of a comparison.
+
+    Attributes:
+        max_new_tokens: drafts are cut there.
+        threads: CPU threads; None = as the run or bundle says.
+        vision, language: artefacts of a bundle by name; None = its default.
+        allow_unverified: accept a bundle without a passing verdict; the result says so.
+    """
+
+    max_new_tokens: int = GenerateConfig().max_new_tokens
+    threads: int | None = None
+    vision: str | None = None
+    language: str | None = None
+    allow_unverified: bool = False
+
+
+class System(AbstractContextManager["System"], Protocol):
+    """Something that turns a radiograph into a draft, in two steps."""
+
+    about: dict[str, Any]  # JSON-ready: what it is and what runs where; no path
+
+    def encode(self, image: Path) -> SoftPrompt:
+        """The soft prompt (N, D_lm) of an image file.
+
+        Raises:
+            UsageError, InputError: the file is no usable chest radiograph.
+        """
+
+    def write(self, soft: Sequence[SoftPrompt]) -> list[str]:
+        """The greedy draft after each soft prompt."""
+
+
+def kind(path: Path) -> Kind:
+    """What `path` is.
+
+    Raises:
+        UsageError: neither a finished run nor a bundle.
+    """
+    if (path / MANIFEST).is_file():
+        return "bundle"
+    if (path / "recipe.toml").is_file():
+        return "run"
+    raise UsageError(
+        f"{str(path)!r} is neither a bundle ({MANIFEST}) nor a training run (recipe.toml); "
+        "name the output of `rx-edge export` or `rx-edge train`"
+    )
+
+
+def open_system(path: Path, settings: Settings) -> System:
+    """Load what lies at `path`.
+
+    Raises:
+        UsageError: neither a run nor a bundle.
+        BundleError, BackendError, ModelError: it does not open.
+    """
+    if kind(path) == "run":
+        from rx_edge.evaluate.run_system import RunSystem
+
+        return RunSystem(path, settings)
+    from rx_edge.evaluate.bundle_system import BundleSystem
+
+    return BundleSystem(path, settings)
