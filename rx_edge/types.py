@@ -48,7 +48,7 @@ class TokenChunk:
     Attributes:
         text: complete UTF-8 characters that became printable with this step (may be empty).
         ids: the token ids of this step.
-        logprobs: natural-log probability of each id.
+        logprobs: natural-log probability of each id, where `RuntimeConfig.logprobs` asks for it.
         seconds: wall time of the step.
     """
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from rx_edge import image
 from rx_edge.bundle import MANIFEST
 from rx_edge.cli import app
+from rx_edge.config import RuntimeConfig
 from rx_edge.model.report_model import load_run
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.session import open_checked, open_session
@@ -45,7 +46,8 @@ def test_draft_equals_the_torch_reference(
 def test_the_stream_adds_up_and_counts_its_work(tiny_bundle: Path, phantom_study: Path) -> None:
     from rx_edge.runtime.pipeline import draft
 
-    with open_session(tiny_bundle, max_new_tokens=20) as session:
+    runtime = RuntimeConfig(logprobs=True)
+    with open_session(tiny_bundle, max_new_tokens=20, runtime=runtime) as session:
         stream, chunks = draft(session, phantom_study), []
         while True:
             try:
@@ -57,6 +59,7 @@ def test_the_stream_adds_up_and_counts_its_work(tiny_bundle: Path, phantom_study
     assert "".join(c.text for c in chunks).strip() == report.text
     assert tuple(i for c in chunks for i in c.ids) == report.token_ids == again.token_ids
     assert all(p <= 0 for c in chunks for p in c.logprobs)
+    assert sum(len(c.logprobs) for c in chunks) == len(report.token_ids)
     assert report.timings.new_tokens == len(report.token_ids)
     assert (
         report.timings.prompt_tokens == len(session.prompt.before) + len(session.prompt.after) + 4

@@ -56,10 +56,10 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Step:
-    """Tokens of one pass with their natural-log probabilities, the end token excluded."""
+    """Tokens of one pass, the end token excluded; natural-log probabilities where asked for."""
 
     ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] = ()
 
 
 class Draft:
@@ -78,12 +78,14 @@ class Draft:
         limit: int,
         choose: Chooser = greedy,
         drafter: Drafter | None = None,
+        logprobs: bool = False,
         timings: Timings,
     ) -> None:
         """A draft of at most `limit` tokens.
 
         Args:
             end: the token that ends a draft.
+            logprobs: put log-probabilities into every `Step`.
             timings: passes, proposals and tokens are counted here.
         """
         self.ids: list[int] = []
@@ -91,6 +93,7 @@ class Draft:
         self.rejected = 0
         self._end, self._limit = end, limit
         self._choose, self._drafter, self._timings = choose, drafter, timings
+        self._logprobs = logprobs
         self._proposed = _NOTHING
 
     def feed(self, width: int | None = None) -> IntArray:
@@ -127,6 +130,8 @@ class Draft:
             self.finish = "loop"
         if self._drafter and self.finish:
             self._drafter.remember([*self.ids, self._end] if ended else self.ids)
+        if not self._logprobs:
+            return Step(tuple(chosen))
         return Step(tuple(chosen), _log_probabilities(rows[: len(chosen)], chosen))
 
     def _choices(self, rows: FloatArray) -> tuple[list[int], bool]:
@@ -173,9 +178,10 @@ _NOTHING: IntArray = np.zeros(0, np.int32)
 
 def _log_probabilities(rows: FloatArray, chosen: list[int]) -> tuple[float, ...]:
     """log softmax(row)[token] of each row (T, V) and its token."""
-    top = rows.max(-1, keepdims=True)
-    normaliser = np.log(np.exp(rows - top).sum(-1)) + top[:, 0]
-    return tuple(float(row[t] - n) for row, t, n in zip(rows, chosen, normaliser, strict=True))
+    shifted = rows - rows.max(-1, keepdims=True)
+    picked = shifted[np.arange(len(chosen)), chosen]
+    found: list[float] = (picked - np.log(np.exp(shifted).sum(-1))).tolist()
+    return tuple(found)
 
 
 def _loops(ids: list[int]) -> bool:

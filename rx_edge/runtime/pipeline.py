@@ -148,6 +148,7 @@ def new_draft(session: Session, timings: Timings, drafter: Drafter | None) -> Dr
         limit=min(session.generate.max_new_tokens, room),
         choose=Sampler(runtime.temperature, runtime.seed) if runtime.temperature else greedy,
         drafter=drafter,
+        logprobs=runtime.logprobs,
         timings=timings,
     )
 

@@ -166,7 +166,7 @@ def test_a_loop_is_stopped(session: Session) -> None:
 
 
 def test_log_probabilities_are_those_of_the_model(session: Session) -> None:
-    draft = Draft(end=END, limit=5, timings=Timings())
+    draft = Draft(end=END, limit=5, logprobs=True, timings=Timings())
     logits = prefilled(session)
     step = draft.take(logits[None])
     wanted = logits.max() - np.log(np.exp(logits.astype(np.float64)).sum())
