@@ -104,9 +104,12 @@ def gate(
 def check_work(now: dict[str, Any], baseline: dict[str, Any]) -> Comparison:
     """Tier 0: counts, as `block.count_work` returns them, beside those of a baseline.
 
+    Another text on another machine is no verdict: processors round differently, and a tie may fall
+    the other way. On the machine of the baseline it is an error.
+
     Raises:
         UsageError: the baseline is of another model, artefact, study or limit.
-        VerificationError: the text is another one.
+        VerificationError: the text is another one, on the same machine.
     """
     before = baseline["counted"]
     for name in comparison.IDENTITY:
@@ -115,6 +118,12 @@ def check_work(now: dict[str, Any], baseline: dict[str, Any]) -> Comparison:
                 f"the baseline has {name} {before[name]!r}, this is {now[name]!r}; name the "
                 "baseline of this bundle and study, or write one with --update-baseline"
             )
+    if now["text_sha256"] != before["text_sha256"] and baseline.get("fingerprint") != fingerprint():
+        note = (
+            "the baseline is of another machine, on which rounding decided a tie otherwise: other "
+            "text, other work; write a baseline here with --update-baseline"
+        )
+        return Comparison("insufficient data", notes=(note,))
     comparison.refuse_other_text([before, now])
     work = comparison.work_changes(before["work"], now["work"])
     return Comparison("regression" if any(c.worse for c in work) else "none", work)
@@ -191,6 +200,11 @@ def read_baseline(path: Path) -> dict[str, Any]:
 
 def write_baseline(path: Path, counted: dict[str, Any], blocks: Blocks | None = None) -> None:
     """Accept these counts, and the blocks where there are some, as the new baseline."""
-    found = {"schema": BASELINE_SCHEMA, "counted": counted, "blocks": blocks}
+    found = {
+        "schema": BASELINE_SCHEMA,
+        "fingerprint": fingerprint(),
+        "counted": counted,
+        "blocks": blocks,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

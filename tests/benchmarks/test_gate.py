@@ -128,8 +128,11 @@ def test_the_committed_counts_of_the_tiny_model_still_hold(counted: tuple[Any, A
 
 def test_another_text_or_study_is_refused(counted: tuple[dict[str, Any], Any]) -> None:
     honest, _ = counted
+    other, here = {**honest, "text_sha256": "0" * 64}, {"fingerprint": fingerprint()}
     with pytest.raises(VerificationError, match="different drafts"):
-        gate.check_work({**honest, "text_sha256": "0" * 64}, {"counted": honest})
+        gate.check_work(other, {**here, "counted": honest})
+    elsewhere = gate.check_work(other, {"fingerprint": "another", "counted": honest})
+    assert elsewhere.verdict == "insufficient data"
     for name in comparison.IDENTITY:
         with pytest.raises(UsageError, match=name):
             gate.check_work({**honest, name: "other"}, {"counted": honest})
