@@ -2,7 +2,7 @@
 
 A lever's ratio is seconds without it / seconds with all, study by study; its interval comes from a
 bootstrap over studies. The texts are compared as well: a lever may not change them. Where one does,
-the draft is listed with how undecided the model was.
+the study is listed by number, with how undecided the model was.
 
 Does not cover: overlap and slots, which need many studies (`worklist_study.py`).
 """
@@ -19,6 +19,9 @@ import numpy as np
 
 from rx_edge.bundle import open_bundle
 from rx_edge.config import RuntimeConfig
+from rx_edge.errors import UsageError
+from rx_edge.prompting import layout
+from rx_edge.runtime.pipeline import open_study
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge_bench.environment import environment, fingerprint
 from rx_edge_bench.latency import Drafted, forget, median, summary, timed
@@ -37,21 +40,26 @@ def measure(
     *,
     repeats: int = 3,
     language: str | None = None,
+    off: Sequence[str] = OFF,
     without: str | None = None,
     tick: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Time every study with every setting.
 
     Args:
+        off: the levers that are switched off, each alone.
         without: another language artefact (e.g. "gguf:F16"): what quantisation brings.
 
     Returns:
         JSON-ready, schema `SCHEMA`.
     """
+    unknown = [name for name in off if name not in OFF]
+    if unknown:
+        raise UsageError(f"lever {unknown[0]!r} is unknown; there are {', '.join(OFF)}")
     bundle = open_bundle(root)
     settings: dict[str, Options] = {ALL: {}}
     settings |= {f"{name} off": {"runtime": replace(RuntimeConfig(), **{name: False})}
-                 for name in OFF}  # fmt: skip
+                 for name in off}  # fmt: skip
     if without:
         settings[f"{bundle.language(language).name} -> {without}"] = {"language": without}
     drafts: dict[str, list[Drafted]] = {name: [] for name in settings}
@@ -64,7 +72,12 @@ def measure(
             timed(session, studies[0], 0)
         _take_turns(sessions, studies, repeats, drafts, tick)
         notes = list(sessions[ALL].notes)
-        changes = {name: _changed(drafts[ALL], found) for name, found in drafts.items()}
+        changes = {
+            name: [
+                _difference(sessions[ALL], studies, *pair) for pair in _changed(drafts[ALL], found)
+            ]
+            for name, found in drafts.items()
+        }
     return {
         "schema": SCHEMA,
         "bundle_sha256": bundle.digest,
@@ -123,15 +136,26 @@ def _by_study(drafts: Sequence[Drafted], stage: str) -> dict[int, float]:
     return {study: max(median(values), 1e-9) for study, values in found.items()}
 
 
-def _changed(base: Sequence[Drafted], other: Sequence[Drafted]) -> list[int]:
-    """Studies whose tokens differ."""
-    return sorted(
-        {
-            one.study
-            for one, two in zip(
-                sorted(base, key=lambda d: d.study), sorted(other, key=lambda d: d.study),
-                strict=True,
-            )
-            if one.report.token_ids != two.report.token_ids
-        }
-    )  # fmt: skip
+def _changed(base: Sequence[Drafted], other: Sequence[Drafted]) -> list[tuple[Drafted, Drafted]]:
+    """The first drafts of every study whose tokens differ."""
+    first = {d.study: d for d in reversed(base)}
+    found = {d.study: (first[d.study], d) for d in reversed(other)
+             if d.report.token_ids != first[d.study].report.token_ids}  # fmt: skip
+    return [found[study] for study in sorted(found)]
+
+
+def _difference(
+    session: Session, studies: Sequence[Path], one: Drafted, two: Drafted
+) -> dict[str, float]:
+    """Where two drafts part, and by how many logits the model preferred its token there."""
+    ours, theirs = one.report.token_ids, two.report.token_ids
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
+    soft = session.vision.encode(open_study(session, studies[one.study])[1])[0]
+    session.language.rewind(0)
+    prompt = layout(session.prompt, soft)
+    logits = session.language.prefill([*prompt, np.asarray(ours[:at], np.int32)])
+    second, best = np.partition(logits, -2)[-2:]
+    return {"study": one.study, "first_difference": at, "margin": float(best - second)}

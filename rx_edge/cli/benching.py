@@ -65,6 +65,9 @@ def run(
     ablate: Annotated[
         bool, typer.Option("--ablate", help="switch off one lever of speed after the other")
     ] = False,
+    lever: Annotated[
+        list[str] | None, typer.Option("--lever", help="with --ablate: only this one; repeatable")
+    ] = None,
     without: Annotated[
         str | None, typer.Option("--without", help="with --ablate: this artefact as well")
     ] = None,
@@ -78,9 +81,12 @@ def run(
     if blocks is not None:
         _deliver(_blocks(bundle, image, repeats, vision, llm, no_drafts, blocks), out)
         return
-    result = (_ablated if ablate else _timed)(
-        bundle, image, repeats, vision, llm, no_drafts, without
-    )
+    if ablate:
+        if no_drafts or vision:
+            raise UsageError("--ablate switches levers off itself; no --no-drafts, no --vision")
+        result = _ablated(bundle, image, repeats, llm, lever, without)
+    else:
+        result = _timed(bundle, image, repeats, vision, llm, no_drafts)
     if html is not None:
         from rx_edge_bench.latency_page import page
 
@@ -91,7 +97,7 @@ def run(
 
 def _timed(
     bundle: Path, image: list[Path] | None, repeats: int | None, vision: str | None,
-    llm: str | None, no_drafts: bool, _: str | None,
+    llm: str | None, no_drafts: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from rx_edge.runtime.session import open_session
     from rx_edge_bench.block import first_canary
@@ -106,14 +112,12 @@ def _timed(
 
 
 def _ablated(
-    bundle: Path, image: list[Path] | None, repeats: int | None, vision: str | None,
-    llm: str | None, no_drafts: bool, without: str | None,
+    bundle: Path, image: list[Path] | None, repeats: int | None, llm: str | None,
+    lever: list[str] | None, without: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     from rx_edge.bundle import open_bundle
-    from rx_edge_bench.levers import measure
+    from rx_edge_bench.levers import OFF, measure
 
-    if no_drafts or vision:
-        raise UsageError("--ablate switches levers off by itself; leave out --no-drafts, --vision")
     opened = open_bundle(bundle)
     studies = studies_of(image) or [opened.path(opened.manifest.canaries[0])]
     with progress() as bars:
@@ -122,6 +126,7 @@ def _ablated(
             studies,
             repeats=3 if repeats is None else repeats,
             language=llm,
+            off=lever or OFF,
             without=without,
             tick=lambda done, of: bars("studies", done, of, ""),
         )
