@@ -138,8 +138,29 @@ class StageConfig:
 class CorpusConfig:
     """One corpus: which reader, where, which part."""
 
-    reader: Literal["pairs-jsonl", "openi-xml"] = _option("pairs-jsonl", "rx_edge/train/data/")
+    reader: Literal[
+        "pairs-jsonl",
+        "openi-xml",
+        "iu-kaggle",
+        "r2gen",
+        "mimic-cxr",
+        "chexpert-plus",
+        "rexgradient",
+        "padchest-gr",
+    ] = _option("pairs-jsonl", "rx_edge/train/data/; what each expects: docs/guides/data.md")
     path: str = _option("", "file or directory; ~ and environment variables are expanded")
+    images: str = _option("", "folder of the images, where it is not in its usual place in `path`")
+    section: Literal["findings", "impression", "both"] = _option(
+        "findings", "target; findings: what the image shows, without advice or history"
+    )
+    views: Literal["frontal", "all"] = _option(
+        "frontal",
+        "frontal: the first frontal image of a study (its first image, where the corpus states "
+        "no views); all: every image is a sample",
+    )
+    skip_bad: bool = _option(
+        False, "open every image while reading and leave out what cannot be read, counted"
+    )
     split_file: str = _option("", "JSON of study ids per split, where the corpus has none itself")
     max_target_tokens: int = _option(128, "longer targets are cut at a sentence end")
 

@@ -75,7 +75,7 @@ def profile_table(profile: Profile) -> Any:
 
 
 def evaluation_tables(result: dict[str, Any]) -> list[Any]:
-    """Figures with 95 % intervals beside their baselines, and the comparison of two systems."""
+    """Figures with 95 % intervals beside the baselines' values, and the comparison."""
     from rich.table import Table
 
     from rx_edge.evaluate.files import shown
@@ -83,14 +83,16 @@ def evaluation_tables(result: dict[str, Any]) -> list[Any]:
     tables, protocol, data = [], result["protocol"]["name"], result["data"]
     for one in result["systems"]:
         title = (
-            f"{one['kind']} {one['label']}: {data['studies']} studies of {data['split']}, "
+            f"{one['name']}; {data['studies']} studies of {data['split']}, "
             f"protocol {protocol}; {one['empty']} empty, {one['refused']} refused"
         )
         baselines = one["baselines"]
         table = Table("metric", "system", *baselines, title=title)
         for name, value in one["metrics"].items():
-            others = (shown(b["metrics"][name]) for b in baselines.values())
+            plain = (b["metrics"][name]["value"] for b in baselines.values())
+            others = ("undefined" if v is None else f"{v:.3f}" for v in plain)
             table.add_row(name, shown(value), *others)
+        table.columns[0].no_wrap = True
         tables.append(table)
     if "comparison" in result:
         found = result["comparison"]
@@ -100,5 +102,6 @@ def evaluation_tables(result: dict[str, Any]) -> list[Any]:
             percent = "" if value["percent"] is None else f"{value['percent']:+.2f} %"
             p = "" if value["p"] is None else f"{value['p']:.4f}"
             table.add_row(name, shown(value), percent, p)
+        table.columns[0].no_wrap = True
         tables.append(table)
     return tables

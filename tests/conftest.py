@@ -18,6 +18,13 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A core for each worker, before any library counts them: two workers with two llama.cpp threads
+    # each wait for one another at every barrier, a hundred times as long as they compute.
+    _cores = sorted(os.sched_getaffinity(0))
+    _number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {_cores[_number % len(_cores)]})
+
 from rx_edge.model.catalogue import fetched_dir
 from tests.factories import IMAGE_SIZE, tiny_llama_dir, tiny_vit_dir
 

@@ -38,6 +38,10 @@ AUTO, NONE = "auto", "none"
 _IU = PACKAGES["iu-reports"]
 
 
+# Corpora that anybody may read. The others need a signed agreement, and a bundle is passed on.
+OPEN = ("pairs-jsonl", "openi-xml", "iu-kaggle")
+
+
 @dataclass(frozen=True)
 class Source:
     """One corpus. No path, id or text of it is in here.
@@ -144,6 +148,9 @@ def _of_the_run(
     for name, config in recipe.data.items():
         if name not in used:
             continue
+        if config.reader not in OPEN:
+            left_out.append(f"{name}: reports behind an agreement do not go into a bundle unasked")
+            continue
         here = _here(config)
         if here is None:
             left_out.append(f"{name}: not on this machine")
@@ -213,7 +220,7 @@ def _trained_on(run: Path) -> Mapping[str, set[str]]:
 
 def _licence(config: CorpusConfig) -> str:
     """What the corpus says about itself; texts of different licences may be in one file."""
-    if config.reader == "openi-xml":
+    if config.reader != "pairs-jsonl":
         return _IU.licence
     path = _expanded(config.path)
     file = path / "pairs.jsonl" if path.is_dir() else path

@@ -15,6 +15,7 @@ import typer
 import rx_edge
 from rx_edge.cli import (
     benching,
+    data,
     demonstration,
     evaluating,
     exporting,
@@ -62,6 +63,12 @@ _bench.command("run")(benching.run)
 _bench.command("compare")(benching.compare)
 _bench.command("gate")(benching.gate)
 _bench.command("peers")(benching.peers)
+_data = typer.Typer(
+    cls=Group, help="Look at a training corpus before training on it.", no_args_is_help=True
+)
+app.add_typer(_data, name="data")
+_data.command("check")(data.check)
+_data.command("preview")(data.preview)
 app.command()(training.train)
 app.command()(evaluating.evaluate)
 app.command()(exporting.export)

@@ -34,7 +34,12 @@ def evaluate(
     systems: Annotated[
         list[Path], typer.Argument(help="a run or a bundle; two are compared: second minus first")
     ],
-    data: Annotated[Path, typer.Option("--data", help="pairs.jsonl or its directory")],
+    data: Annotated[
+        Path, typer.Option("--data", help="pairs.jsonl, or a known corpus's directory")
+    ],
+    reader: Annotated[
+        str | None, typer.Option("--reader", help="of the corpus; default: by its layout")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="test or val")] = "test",
     protocol: Annotated[
         str,
@@ -87,6 +92,7 @@ def evaluate(
         train_limit=train_limit,
         resamples=resamples,
         radeval=tuple(radeval or ()),
+        reader=_reader(reader),
     )
     with progress() as bars:
         found = run_evaluation(systems, request, settings, bars)
@@ -102,6 +108,14 @@ def _check(data: Path, files: list[Path | None]) -> None:
     for file in files:
         if file is not None and not file.resolve().parent.is_dir():
             raise UsageError(f"{str(file)!r} cannot be written: its directory does not exist")
+
+
+def _reader(name: str | None) -> str | None:
+    from rx_edge.train.data import READERS
+
+    if name is not None and name not in READERS:
+        raise UsageError(f"--reader is {name!r}; valid: {', '.join(READERS)}")
+    return name
 
 
 def _policy(name: str) -> Policy:
@@ -134,6 +148,8 @@ def _deliver(found: Evaluation, out: Path | None, html: Path | None, csv: Path |
             Console().print(table)
     for name, reason in found.result["missing"].items():
         say(f"missing: {name}: {reason}")
+    if not found.result.get("comparison", {"same_encoder": True})["same_encoder"]:
+        say("note: the two were not trained as one model: this is no loss from deployment")
 
 
 def _versions() -> dict[str, str | None]:

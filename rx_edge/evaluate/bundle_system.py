@@ -33,6 +33,7 @@ class BundleSystem:
             "label": path.resolve().name,
             "model": session.bundle.manifest.name,
             "bundle_sha256": session.bundle.digest,
+            "encoder_sha256": session.bundle.manifest.parts.get("encoder"),
             "verified": not session.unverified,
             "vision": f"{session.vision_artifact.name} on {session.vision.device}",
             "language": f"{session.artifact.name} on {session.language.device}",

@@ -8,20 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rx_edge.bundle import describe
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import UsageError
 from rx_edge.metrics.protocols import Protocol, Tokeniser, tokeniser
-from rx_edge.train.data import Sample, read
+from rx_edge.train.data import Sample, guess, read
 
 SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True)
 class Study:
-    """One image with its reference report."""
+    """One image with its reference report.
+
+    Attributes:
+        study: equal for the images of one study.
+        view: "frontal", "lateral" or None.
+    """
 
     id: str
+    study: str
+    view: str | None
     image: Path
     text: str
 
@@ -32,7 +38,7 @@ class Corpus:
 
     Attributes:
         train: studies for the baselines; empty where the corpus has no training split.
-        note: JSON-ready: hash, split, counts of what was left out and why; no names.
+        note: JSON-ready: hash of what is scored, counts of what was left out and why; no names.
     """
 
     studies: tuple[Study, ...]
@@ -42,12 +48,18 @@ class Corpus:
 
 
 def open_corpus(
-    path: Path, split: str, protocol: Protocol, limit: int | None, train_limit: int
+    path: Path,
+    split: str,
+    protocol: Protocol,
+    limit: int | None,
+    train_limit: int,
+    reader: str | None = None,
 ) -> Corpus:
-    """Read a pairs.jsonl (or its directory) with the training reader.
+    """Read a corpus with a training reader; one image of each study is scored.
 
     Args:
         limit, train_limit: at most so many studies, the same ones every time.
+        reader: of `rx_edge.train.data`; None = by the corpus's layout.
 
     Raises:
         UsageError: no such split or no study to score; the protocol needs training reports.
@@ -58,28 +70,32 @@ def open_corpus(
             f"--split is {split!r}; valid: {', '.join(SPLITS)} (the nearest training image of a "
             "training image is itself)"
         )
-    corpus = read("evaluate", CorpusConfig(reader="pairs-jsonl", path=str(path)))
-    train = _usable(corpus.split("train"))
+    name: Any = reader or guess(path)  # `read` refuses what is no reader
+    corpus = read("evaluate", CorpusConfig(reader=name, path=str(path)))
+    train = _by_hash(_usable(corpus.split("train")))
     if protocol.rare_below and not train:
         raise UsageError(f"protocol {protocol.name} needs training reports, and there are none")
     tokens = tokeniser(protocol, (s.text for s in train))
     everything = corpus.split(split)
     written = _usable(everything)
-    scored = [s for s in written if tokens.reference(s.text)]
+    first = _one_a_study(written)
+    scored = [s for s in _by_hash(first) if tokens.reference(s.text)]
     if not scored[:limit]:
         raise UsageError(
             f"{str(path)!r} has {len(scored)} studies with a report in {split} and --limit is "
             f"{limit}; at least one is needed"
         )
-    file = path / "pairs.jsonl" if path.is_dir() else path
     note = {
-        "sha256": describe(file).sha256,
+        "reader": name,
+        "sha256": _digest(scored[:limit]),
         "split": split,
         "studies": len(scored[:limit]),
         "train_studies": len(train[:train_limit]),
+        "dropped_by_reader": corpus.dropped,
         "left_out": {
             "no written report, or no image": len(everything) - len(written),
-            "nothing left under the protocol": len(written) - len(scored),
+            "another image of a study": len(written) - len(first),
+            "nothing left under the protocol": len(first) - len(scored),
             "over --limit": len(scored) - len(scored[:limit]),
         },
     }
@@ -87,6 +103,31 @@ def open_corpus(
 
 
 def _usable(samples: Iterable[Sample]) -> list[Study]:
-    """Those with an image and a whole report, in an order that does not depend on the file."""
-    found = [Study(s.id, s.image, s.target) for s in samples if s.image is not None and s.complete]
-    return sorted(found, key=lambda s: hashlib.sha256(s.id.encode()).hexdigest())
+    """Those with an image and a whole report."""
+    return [
+        Study(s.id, s.study or s.id, s.view, s.image, s.target)
+        for s in samples
+        if s.image is not None and s.complete
+    ]
+
+
+def _one_a_study(samples: Iterable[Study]) -> list[Study]:
+    """Intervals need independent studies: a frontal image of each where there is one."""
+    ordered = sorted(samples, key=lambda s: (s.view != "frontal", s.id))
+    chosen: dict[str, Study] = {}
+    for sample in ordered:
+        chosen.setdefault(sample.study, sample)
+    return list(chosen.values())
+
+
+def _by_hash(studies: Iterable[Study]) -> list[Study]:
+    """In an order that does not depend on the file."""
+    return sorted(studies, key=lambda s: hashlib.sha256(s.id.encode()).hexdigest())
+
+
+def _digest(studies: Iterable[Study]) -> str:
+    """Equal where the same studies are scored against the same references."""
+    found = hashlib.sha256()
+    for study in sorted(studies, key=lambda s: s.id):
+        found.update(f"{study.id}\0{study.text}\0".encode())
+    return found.hexdigest()

@@ -15,7 +15,7 @@ from typing import Any
 from rx_edge.errors import ModelError, UsageError
 from rx_edge.evaluate.answers import BASELINES, Answers, Progress, ask, constant_report
 from rx_edge.evaluate.corpus import Corpus, open_corpus
-from rx_edge.evaluate.systems import Settings, kind, open_system
+from rx_edge.evaluate.systems import Settings, check, open_system
 from rx_edge.metrics import meteor as meteors
 from rx_edge.metrics import radeval
 from rx_edge.metrics.baselines import TRAIN_LIMIT
@@ -25,7 +25,7 @@ from rx_edge.metrics.bootstrap import (
     SEED,
     Sampled,
     Table,
-    number,
+    finite,
     p_value,
     resampled,
     sampled,
@@ -44,9 +44,10 @@ class Request:
     """What is asked for.
 
     Attributes:
-        data: pairs.jsonl or its directory.
+        data: a corpus: pairs.jsonl, or a directory in a layout that a training reader knows.
         limit, train_limit: at most so many studies to score, and for baselines.
         radeval: names of `rx_edge.metrics.radeval.KEYS` to try.
+        reader: of the corpus; None = by its layout.
     """
 
     data: Path
@@ -57,6 +58,7 @@ class Request:
     train_limit: int = TRAIN_LIMIT
     resamples: int = RESAMPLES
     radeval: tuple[str, ...] = ()
+    reader: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,17 @@ def evaluate(
     """
     if not 1 <= len(systems) <= 2:
         raise UsageError(f"{len(systems)} systems are named; one is scored, two are compared")
-    kinds = [kind(path) for path in systems]  # a wrong path is reported before the long part
     radeval.check(request.radeval)
     chosen = protocol(request.protocol)
-    corpus = open_corpus(request.data, request.split, chosen, request.limit, request.train_limit)
+    kinds = [check(path, settings) for path in systems]
+    corpus = open_corpus(
+        request.data,
+        request.split,
+        chosen,
+        request.limit,
+        request.train_limit,
+        request.reader,
+    )
     same = constant_report(corpus)
     said = []
     for path, what in zip(systems, kinds, strict=True):
@@ -174,17 +183,20 @@ def _score(
 ) -> tuple[dict[str, Any], tuple[Row, ...]]:
     found, kept = [], []
     rows: list[Row] = []
-    for number_, answers in enumerate(said, 1):
+    for done, answers in enumerate(said, 1):
         texts = scoring.texts(answers.drafts)
         sums = scoring.sums(texts)
         many = scoring.sampled(sums)
-        found.append(_of_system(scoring, answers, texts, sums, many))
-        rows += _rows(scoring, answers, texts, sums)
+        # two systems may have one label: the same bundle name in two places
+        name = f"{done}: {answers.about['kind']} {answers.about['label']}"
+        found.append({"name": name, **_of_system(scoring, answers, texts, sums, many)})
+        rows += _rows(scoring, name, texts, sums)
         kept.append((sums, many))
-        tick("scoring", number_, len(said), "")
+        tick("scoring", done, len(said), "")
     result: dict[str, Any] = {"systems": found}
     if len(said) == 2:
         result["comparison"] = {
+            "same_encoder": len({a.about.get("encoder_sha256") for a in said}) == 1,
             "identical_drafts": _same(said),
             "metrics": _compare(scoring, *kept),
         }
@@ -227,7 +239,7 @@ def _compare(
         a, b = one[1][metric.name], other[1][metric.name]
         out[metric.name] = {
             **asdict(b.minus(a)),
-            "percent": number(100.0 * (b.value - a.value) / a.value) if a.value else None,
+            "percent": finite(100.0 * (b.value - a.value) / a.value) if a.value else None,
             "p": p_value(metric.figure, one[0][metric.sums], other[0][metric.sums], swapped),
         }
     return out
@@ -238,13 +250,10 @@ def _same(said: Sequence[Answers]) -> float:
     return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
-def _rows(
-    scoring: _Scoring, answers: Answers, texts: Texts, sums: dict[str, Table]
-) -> Iterator[Row]:
+def _rows(scoring: _Scoring, system: str, texts: Texts, sums: dict[str, Table]) -> Iterator[Row]:
     each = {m.name: m.figure(sums[m.sums]) for m in scoring.metrics}
-    system = f"{answers.about['kind']} {answers.about['label']}"
     for i, study in enumerate(scoring.corpus.studies):
-        values = {name: number(column[i]) for name, column in each.items()}
+        values = {name: finite(column[i]) for name, column in each.items()}
         draft = texts.raw[i]
         yield Row(system, study.id, study.text, draft, not texts.tokens[i], values)
 

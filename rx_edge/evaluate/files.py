@@ -40,7 +40,7 @@ def csv_text(rows: Sequence[Row]) -> str:
 def page(evaluation: Evaluation) -> str:
     """A whole HTML document: figures with intervals, baselines, comparison, worst studies."""
     result = evaluation.result
-    names = [f"{s['kind']} {s['label']}" for s in result["systems"]]
+    names = [one["name"] for one in result["systems"]]
     title = f"rx-edge evaluation: {' and '.join(names)}"
     body = "".join(
         _system(name, one, _worst(evaluation.rows, name))
@@ -64,18 +64,19 @@ def shown(estimate: dict[str, Any]) -> str:
 
 
 def _conditions(result: dict[str, Any]) -> str:
-    protocol, data = result["protocol"], result["data"]
-    settings = {k: v for k, v in protocol.items() if k not in ("name", "about")}
-    missing = "".join(
-        f"<li>{escape(k)}: {escape(v)}</li>" for k, v in sorted(result["missing"].items())
-    )
-    return (
-        f"<p>Protocol <b>{escape(protocol['name'])}</b>: {escape(protocol['about'])} "
-        f"{escape(str(settings))}</p><p>{data['studies']} studies of {escape(data['split'])}; left "
-        f"out: {escape(str(data['left_out']))}. 95 % intervals over studies, "
-        f"{result['sampling']['resamples']} resamples. {escape(result['labels']['rules'])}, "
-        f"uncertain: {escape(result['labels']['uncertain'])}.</p><p>Not here:</p><ul>{missing}</ul>"
-    )
+    protocol, data, sampling = result["protocol"], result["data"], result["sampling"]
+    rows = {
+        "protocol": f"{protocol['name']}: {protocol['about']}",
+        **{k: v for k, v in protocol.items() if k not in ("name", "about")},
+        "studies": f"{data['studies']} of {data['split']}, corpus {data['sha256'][:12]}",
+        **{f"left out: {k}": v for k, v in data["left_out"].items()},
+        "intervals": f"95 %, over studies, {sampling['resamples']} resamples",
+        "labels": f"{result['labels']['rules']}, uncertain: {result['labels']['uncertain']}",
+        **{f"baseline {k}": v for k, v in result["baselines"].items()},
+        **{f"missing: {k}": v for k, v in sorted(result["missing"].items())},
+        **result.get("environment", {}),
+    }
+    return _table(["conditions", ""], [_row(k, str(v)) for k, v in rows.items()])
 
 
 def _comparison(result: dict[str, Any]) -> str:
@@ -115,12 +116,19 @@ def _system(name: str, one: dict[str, Any], worst: Iterable[Row]) -> str:
         for r in worst
     ]
     return (
-        f"<h2>{escape(name)}</h2><p>{one['empty']} empty drafts, {one['refused']} images refused: "
-        f"both count as failures.</p>{_table(['metric', 'system', *baselines], figures)}"
+        f"<h2>{escape(name)}</h2>{_identity(one)}<p>{one['empty']} empty drafts, "
+        f"{one['refused']} images refused: both count as failures.</p>"
+        f"{_table(['metric', 'system', *baselines], figures)}"
         f"{_table(['RadEval', 'value'], clinical) if clinical else ''}"
         f"{_table(['finding', 'F1', 'support', 'TP', 'FP', 'FN'], findings)}"
         f"<h3>Worst by {WORST_BY}</h3>{_table(['study', WORST_BY, 'reference', 'draft'], cases)}"
     )
+
+
+def _identity(one: dict[str, Any]) -> str:
+    """What the system is: everything about it that is neither a figure nor a table."""
+    plain = {k: v for k, v in one.items() if isinstance(v, str | bool) and k != "name"}
+    return _table(["this is", ""], [_row(k, str(v)) for k, v in plain.items()])
 
 
 def _worst(rows: Iterable[Row], system: str) -> list[Row]:

@@ -15,6 +15,7 @@ import numpy as np
 from rx_edge import image as images
 from rx_edge.evaluate.systems import Settings
 from rx_edge.guards import check_image
+from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import greedy_batch, load_run
 from rx_edge.optional import require
 from rx_edge.radiograph import open_radiograph
@@ -36,6 +37,7 @@ class RunSystem:
             "kind": "run",
             "label": path.resolve().name,
             "model": self._model.recipe.name,
+            "encoder_sha256": weights_digest(self._model.encoder),
             "language": "torch float32, adapter unmerged",
         }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-from rx_edge.bundle import MANIFEST
+from rx_edge.bundle import MANIFEST, open_bundle
 from rx_edge.config import GenerateConfig
 from rx_edge.errors import UsageError
 from rx_edge.types import SoftPrompt
@@ -64,6 +64,21 @@ def kind(path: Path) -> Kind:
         f"{str(path)!r} is neither a bundle ({MANIFEST}) nor a training run (recipe.toml); "
         "name the output of `rx-edge export` or `rx-edge train`"
     )
+
+
+def check(path: Path, settings: Settings) -> Kind:
+    """What `path` is; a bundle is checked too, before another system works for an hour.
+
+    Raises:
+        UsageError: neither a finished run nor a bundle.
+        BundleError: the bundle is refused, or has no such artefact.
+    """
+    found = kind(path)
+    if found == "bundle":
+        bundle = open_bundle(path, allow_unverified=settings.allow_unverified)
+        bundle.vision(settings.vision)
+        bundle.language(settings.language)
+    return found
 
 
 def open_system(path: Path, settings: Settings) -> System:

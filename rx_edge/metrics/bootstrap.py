@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 Table: TypeAlias = NDArray[np.float64]  # (studies, sums) or (resamples, sums)
 Figure: TypeAlias = Callable[[Table], Table]  # sums (R, k) -> figures (R,); NaN where undefined
 
-RESAMPLES, SEED, INTERVAL = 2000, 0, 0.95
+RESAMPLES, SEED = 2000, 0
+INTERVAL, ENDS = 0.95, (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ def resampled(studies: int, resamples: int = RESAMPLES, seed: int = SEED) -> Tab
 
 def interval(values: Table) -> tuple[float | None, float | None]:
     """95 % percentile interval; None where no resample has a value."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
+    defined = values[np.isfinite(values)]
+    if not len(defined):
         return None, None
-    outside = (1.0 - INTERVAL) / 2.0
-    low, high = np.quantile(finite, [outside, 1.0 - outside])
+    low, high = np.quantile(defined, ENDS)
     return float(low), float(high)
 
 
@@ -62,11 +62,11 @@ class Sampled:
 
     def estimate(self) -> Estimate:
         """With its interval."""
-        return Estimate(number(self.value), *interval(self.many))
+        return Estimate(finite(self.value), *interval(self.many))
 
     def minus(self, other: Sampled) -> Estimate:
         """The difference, paired: both must come from the same resamples of the same studies."""
-        return Estimate(number(self.value - other.value), *interval(self.many - other.many))
+        return Estimate(finite(self.value - other.value), *interval(self.many - other.many))
 
 
 def sampled(figure: Figure, table: Table, counts: Table) -> Sampled:
@@ -104,7 +104,7 @@ def whole(figure: Figure, table: Table) -> float:
     return float(figure(table.sum(0, keepdims=True))[0])
 
 
-def number(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """None for what JSON cannot hold."""
     return float(value) if np.isfinite(value) else None
 

@@ -22,6 +22,8 @@ from rx_edge.optional import require
 
 JAR = "meteor-1.5.jar"
 _SEPARATOR = " ||| "
+# columns of its statistics: words of draft and reference, matched words of both, and chunks
+LENGTHS, MATCHES, CHUNKS = [0, 1], [21, 22], 20
 
 
 def missing() -> str | None:
@@ -67,7 +69,11 @@ class Meteor:
         for reference, draft in zip(references, drafts, strict=True):
             line = _SEPARATOR.join(("SCORE", _plain(reference), _plain(draft)))
             rows.append([float(v) for v in self._ask(line, 1)[0].split()])
-        return np.asarray(rows, np.float64)
+        found = np.asarray(rows, np.float64)
+        # the jar forgives the one chunk of a perfect draft, also when it adds studies up
+        perfect = (found[:, CHUNKS] == 1.0) & (found[:, LENGTHS] == found[:, MATCHES]).all(1)
+        found[perfect, CHUNKS] = 0.0
+        return found
 
     def figure(self, sums: Table) -> Table:
         """METEOR in [0, 1] of each row of sums (R, 23) -> (R,)."""

@@ -34,6 +34,7 @@ from rx_edge.model.report_model import ReportModel, load_trained
 from rx_edge.train import data
 from rx_edge.train.batching import Example, examples
 from rx_edge.train.checkpoint import save_trained, write_json
+from rx_edge.train.data.images import naming
 from rx_edge.train.features import FeatureCache
 from rx_edge.train.grounding import prove
 from rx_edge.train.stages import run_stage
@@ -134,10 +135,11 @@ def _open_run(recipe: TrainRecipe, out: Path, resume: bool) -> None:
 def _fill_features(
     features: FeatureCache, corpora: Mapping[str, data.Corpus], progress: Progress
 ) -> None:
-    paths = [s.image for c in corpora.values() for s in c.samples if s.image is not None]
-    for done, path in enumerate(paths, 1):
-        features.fill([path])
-        progress("vision features", done, len(paths), "")
+    samples = [s for c in corpora.values() for s in c.samples if s.image is not None]
+    for done, sample in enumerate(samples, 1):
+        with naming(sample) as path:
+            features.fill([path])
+        progress("vision features", done, len(samples), "")
 
 
 def _start_projector(

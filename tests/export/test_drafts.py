@@ -200,6 +200,17 @@ def test_what_is_named_must_be_there(
     assert DRAFTS in runner.invoke(app, command).stdout
 
 
+def test_reports_behind_an_agreement_stay_out(tiny_run: Path, recipe: TrainRecipe) -> None:
+    """A bundle is passed on; MIMIC's reports may not be. Not even their path is looked at."""
+    name, config = next(iter(recipe.data.items()))
+    mimic = replace(recipe, data={name: replace(config, reader="mimic-cxr")})
+    found = draft_corpus.load(tiny_run, mimic, "auto")
+    assert found.reports == ()
+    assert found.left_out == (
+        f"{name}: reports behind an agreement do not go into a bundle unasked",
+    )
+
+
 def test_another_tokenizer_is_refused(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     files = {**bundle.manifest.files, "tokenizer.json": FileEntry("0" * 64, 1)}

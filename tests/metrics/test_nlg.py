@@ -48,7 +48,9 @@ def test_bleu_is_sacrebleus_on_the_same_tokens() -> None:
     references, drafts = iu_pairs()
     ours = table(references, drafts)
     for n in range(1, 5):
-        scorer = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=n, force=True)
+        scorer = sacrebleu.BLEU(
+            tokenize="none", smooth_method="none", max_ngram_order=n, force=True
+        )
         theirs = scorer.corpus_score(
             [" ".join(d) for d in drafts], [[" ".join(r) for r in references]]
         )

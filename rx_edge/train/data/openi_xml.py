@@ -1,4 +1,6 @@
-"""Open-i (IU X-ray) reports as XML, text only: the FINDINGS section.
+"""Open-i (IU X-ray) reports as XML: `ecgen-radiology/N.xml`; images only where `images` is set.
+
+A `parentImage` id is the name of its PNG. The XML does not say the view of an image.
 
 Split: a JSON file of ids as in R2Gen's annotation (`CXR2384_IM-0942...`), of which the study
 number counts. Sentences with redactions (`XXXX`) are dropped: a model would learn to print them.
@@ -6,16 +8,24 @@ number counts. Sentences with redactions (`XXXX`) are dropped: a model would lea
 
 from __future__ import annotations
 
-import json
-import re
 import xml.etree.ElementTree as ET
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import ConfigError
-from rx_edge.train.data import SPLITS, Corpus, Sample
+from rx_edge.train.data import Corpus
 from rx_edge.train.data.sentences import split_sentences
+from rx_edge.train.data.studies import Picture, Study, assemble, image_folder, iu_splits
+
+CLEANED = " without redactions"
+
+
+def looks_like(path: Path) -> bool:
+    """A directory of XML files, or with `ecgen-radiology/` in it."""
+    return path.is_dir() and any(
+        next(place.glob("*.xml"), None) for place in (path, path / "ecgen-radiology")
+    )
 
 
 def read(path: Path, config: CorpusConfig) -> Corpus:
@@ -24,42 +34,39 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
     Raises:
         ConfigError: no split file, or a file that is not Open-i XML.
     """
-    splits = _splits(config.split_file)
-    samples, dropped = [], Counter[str]()
-    for file in sorted(path.rglob("*.xml"), key=lambda p: p.name):
-        study, findings = _findings(file)
-        if study not in splits:
-            dropped["not in the split file"] += 1
-            continue
-        sentences = [s for s in split_sentences(findings) if "XXXX" not in s]
-        if not sentences:
-            dropped["no findings without redactions"] += 1
-            continue
-        text, split = " ".join(sentences), splits[study]
-        samples.append(Sample(study, study, None, None, text, complete=True, split=split))
-    return Corpus(tuple(samples), dict(dropped))
+    splits = iu_splits(config.split_file)
+    folder = image_folder(path, config) if config.images else None
+    files = sorted(path.rglob("*.xml"), key=lambda p: p.name)
+    studies = (_study(file, splits, folder) for file in files)
+    return assemble(studies, config, states_views=False, clean=without_redactions, cleaned=CLEANED)
 
 
-def _splits(split_file: str) -> dict[str, str]:
-    path = Path(split_file) if split_file else Path(__file__).parent / "splits" / "iu_r2gen.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {re.split(r"[_ ]", i)[0]: name for name in SPLITS for i in table[name]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"split file {str(path)!r} is not a JSON of ids per train/val/test: {error!r}"
-        ) from error
+def without_redactions(text: str) -> str:
+    """The sentences of `text` in which nothing is replaced by `XXXX`."""
+    return " ".join(s for s in split_sentences(text) if "XXXX" not in s)
 
 
-def _findings(file: Path) -> tuple[str, str]:
+def _study(file: Path, splits: Mapping[str, str], folder: Path | None) -> Study:
     try:
         root = ET.parse(file).getroot()
     except ET.ParseError as error:
         raise ConfigError(f"{file.name} is not well-formed XML: {error}") from error
     identifier = root.find("uId")
-    texts = [
-        element.text or ""
-        for element in root.iter("AbstractText")
-        if element.get("Label") == "FINDINGS"
-    ]
-    return (identifier.get("id", "") if identifier is not None else ""), " ".join(texts).strip()
+    name = identifier.get("id", "") if identifier is not None else ""
+    pictures = None
+    if folder is not None:
+        ids = (image.get("id", "") for image in root.iter("parentImage"))
+        pictures = tuple(Picture(folder / f"{i}.png") for i in ids)
+    return Study(
+        id=name,
+        patient=name,
+        split=splits.get(name),
+        findings=_section(root, "FINDINGS"),
+        impression=_section(root, "IMPRESSION"),
+        pictures=pictures,
+    )
+
+
+def _section(root: ET.Element, label: str) -> str:
+    found = (e.text or "" for e in root.iter("AbstractText") if e.get("Label") == label)
+    return " ".join(found).strip()

@@ -14,9 +14,15 @@ from rx_edge.config import CorpusConfig
 from rx_edge.errors import ConfigError
 from rx_edge.train.data import SPLITS, Corpus, Sample
 from rx_edge.train.data.sentences import imaging_sentences
+from rx_edge.train.data.studies import MISSING, image_folder
 
 _VIEWS = {"PA": "frontal", "AP": "frontal", "AP Supine": "frontal", "L": "lateral"}
 VIEW_SENTENCE = {"frontal": "Frontal chest radiograph.", "lateral": "Lateral chest radiograph."}
+
+
+def looks_like(path: Path) -> bool:
+    """A directory with `pairs.jsonl`, or a .jsonl file."""
+    return (path / "pairs.jsonl").is_file() or path.suffix == ".jsonl"
 
 
 def read(path: Path, config: CorpusConfig) -> Corpus:
@@ -28,11 +34,12 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
     file = path / "pairs.jsonl" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"{str(file)!r} is missing: no image-text pairs")
+    folder = image_folder(file.parent, config, "images")
     samples, dropped = [], Counter[str]()
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            image, split = file.parent / "images" / row["image"], row["split"]
+            image, split = folder / row["image"], row["split"]
             view = _VIEWS.get(row.get("view") or "")
             sentences, patient = imaging_sentences(row["report"]), str(row["patient"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -40,7 +47,7 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
         if split not in SPLITS:
             raise ConfigError(f"{file}:{number}: split {split!r}; valid: {', '.join(SPLITS)}")
         if not image.is_file():
-            dropped["image file missing"] += 1
+            dropped[MISSING] += 1
             continue
         if view is None and not sentences:
             dropped["neither view nor imaging sentence"] += 1
