@@ -16,17 +16,26 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rx_edge.bundle import Bundle, describe, open_bundle
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import UsageError
+from rx_edge.metrics.bootstrap import (
+    RESAMPLES,
+    SEED,
+    Figure,
+    Table,
+    finite,
+    interval,
+    ratio,
+    resampled,
+)
 from rx_edge.metrics.labels import facts
 from rx_edge.optional import require
 from rx_edge.prompting import layout
@@ -44,13 +53,11 @@ if TYPE_CHECKING:
 
 SCHEMA = "rx-edge-deployment-loss/1"
 HELD = ("val", "test")
-RESAMPLES, SEED = 2000, 0
 BOOTSTRAP = {"resamples": RESAMPLES, "seed": SEED, "interval": 0.95, "over": "studies"}
 LIMIT_PERCENT = 1.0  # of the trained model's figure: what a Q8_0 bundle is meant to stay within
 
-Table: TypeAlias = NDArray[np.float64]  # (studies, sums) or (resamples, sums)
 # which way is better, and the figure as it follows from sums over studies: (R, k) -> (R,)
-Metric: TypeAlias = tuple[str, Callable[[Table], Table]]
+Metric: TypeAlias = tuple[str, Figure]
 NOTE = (
     "Study texts and images are read at run time under their own licences and are not part of "
     "this file; a model trained on them is for non-commercial research."
@@ -232,33 +239,17 @@ def paired(metric: Metric, one: Table, other: Table, counts: Table) -> dict[str,
     ends = [x for x in (least, most) if x is not None]
     return {
         "better": better,
-        "torch": _number(a),
-        "bundle": _number(b),
-        "change": _number(b - a),
+        "torch": finite(a),
+        "bundle": finite(b),
+        "change": finite(b - a),
         "change_low": low,
         "change_high": high,
-        "percent": _number(percent),
+        "percent": finite(percent),
         "percent_low": least,
         "percent_high": most,
         "within_limit": bool(abs(percent) <= LIMIT_PERCENT),  # False where it is unknown
         "interval_within_limit": bool(ends) and max(map(abs, ends)) <= LIMIT_PERCENT,
     }
-
-
-def resampled(studies: int) -> Table:
-    """How often each study occurs in each resample, (RESAMPLES, studies); always the same."""
-    rng = np.random.default_rng(SEED)
-    drawn = rng.multinomial(studies, np.full(studies, 1.0 / studies), size=RESAMPLES)
-    return drawn.astype(np.float64)
-
-
-def interval(values: Table) -> tuple[float | None, float | None]:
-    """95 % percentile interval; None where no resample has a value."""
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return None, None
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def log_probabilities(logits: FloatArray, ids: Sequence[int]) -> Table:
@@ -362,14 +353,8 @@ def _labels(wanted: str, text: str) -> list[float]:
     return [float(len(one & other)), float(len(other - one)), float(len(one - other))]
 
 
-def _ratio(sums: Table) -> Table:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        out: Table = sums[:, 0] / sums[:, 1]
-    return out
-
-
 def _f1(sums: Table) -> Table:
-    return _ratio(sums @ np.array([[2.0, 2.0], [0.0, 1.0], [0.0, 1.0]]))  # 2 TP / (2 TP + FP + FN)
+    return ratio(sums @ np.array([[2.0, 2.0], [0.0, 1.0], [0.0, 1.0]]))  # 2 TP / (2 TP + FP + FN)
 
 
 def _bleu(sums: Table) -> Table:
@@ -385,14 +370,10 @@ def _share(hits: Sequence[bool], counts: Table) -> dict[str, Any]:
     return {"share": float(np.mean(hits)), "low": low, "high": high, "studies": sum(hits)}
 
 
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None  # JSON has no NaN
-
-
 METRICS: dict[str, Metric] = {
-    "nll_per_token": ("lower", _ratio),  # nats
-    "view_accuracy": ("higher", _ratio),
-    "rouge_l": ("higher", _ratio),
+    "nll_per_token": ("lower", ratio),  # nats
+    "view_accuracy": ("higher", ratio),
+    "rouge_l": ("higher", ratio),
     "bleu_4": ("higher", _bleu),
     "label_f1": ("higher", _f1),
 }

@@ -21,17 +21,15 @@ import numpy as np
 from rx_edge.backends import llm_gguf
 from rx_edge.backends.llm_gguf import GgufLanguage
 from rx_edge.errors import UsageError
+from rx_edge.metrics.bootstrap import Table, interval, resampled
 from rx_edge.prompting import PromptIds
 from rx_edge.types import FloatArray, SoftPrompt
 from rx_edge_bench.deployment_loss import (
     BOOTSTRAP,
     HELD,
-    Table,
     data_note,
-    interval,
     log_probabilities,
     read_studies,
-    resampled,
 )
 from rx_edge_bench.environment import environment
 from rx_edge_export.steps import Progress
