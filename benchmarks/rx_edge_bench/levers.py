@@ -74,7 +74,7 @@ def measure(
         notes = list(sessions[ALL].notes)
         changes = {
             name: [
-                _difference(sessions[ALL], studies, *pair) for pair in _changed(drafts[ALL], found)
+                difference(sessions[ALL], studies, *pair) for pair in _changed(drafts[ALL], found)
             ]
             for name, found in drafts.items()
         }
@@ -144,7 +144,7 @@ def _changed(base: Sequence[Drafted], other: Sequence[Drafted]) -> list[tuple[Dr
     return [found[study] for study in sorted(found)]
 
 
-def _difference(
+def difference(
     session: Session, studies: Sequence[Path], one: Drafted, two: Drafted
 ) -> dict[str, float]:
     """Where two drafts part, and by how many logits the model preferred its token there."""

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 from rx_edge import image
 from rx_edge.backends import registry
 from rx_edge.bundle import Artifact, Bundle, StageResult, Verdict
+from rx_edge.config import RuntimeConfig
 from rx_edge.errors import VerificationError
 from rx_edge.prompting import encode, layout
 from rx_edge.radiograph import open_radiograph
@@ -41,6 +42,7 @@ AWKWARD = (
     "No pneumothorax.", "x  two  spaces\n\nand lines\t", "5.5 cm, T12; 1,024", "<img></img>",
     "<|im_start|>user\nfindings<|im_end|>", "cardiomégalie — œdème ≥ 3", "XXXX x-ray'S don't",
 )  # fmt: skip
+ALONE = RuntimeConfig(drafts=False)  # proposals decide no token: the model is what is tested
 NOTABLE = 0.05  # share of drafts changed, ties apart, above which every draft carries a note
 Golden = Mapping[str, Mapping[str, Any]]
 Tick = Callable[[str], None]
@@ -76,13 +78,15 @@ def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = 
     seen: dict[str, list[SoftPrompt]] = {}  # by file: the calibration studies
     for number, mouth in enumerate(manifest.language):
         tick(f"verifying {mouth.file}: exact")
-        with open_checked(bundle, vision=runnable[0], language=mouth, exact=True) as session:
+        with open_checked(
+            bundle, vision=runnable[0], language=mouth, exact=True, runtime=ALONE
+        ) as session:
             results.append(_tokenizer(session))
             for name, vectors in golden.items():
                 results += _logits(session, name, vectors)
         for eyes in runnable if number == 0 else runnable[:1]:
             tick(f"verifying {eyes.file} + {mouth.file}: as in production")
-            with open_checked(bundle, vision=eyes, language=mouth) as session:
+            with open_checked(bundle, vision=eyes, language=mouth, runtime=ALONE) as session:
                 first = eyes is runnable[0]
                 if number == 0:
                     results += _soft_prompts(session, golden)

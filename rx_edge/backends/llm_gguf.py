@@ -48,9 +48,11 @@ REQUIRES = ("llama_cpp",)
 
 BATCH = gguf_batch.SIZE
 OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
-# SmolLM2-135M Q8_0, 2 AVX2 cores under load: on / off within noise (best prefill of 114 tokens
-# 523 / 540 ms, best step 19.0 / 18.8 ms). On, as llama.cpp's own `auto` chooses.
-FLASH_ATTENTION = True
+# Off on the CPU: without it a token's logits are the same bits whatever else is in its batch (Q8_0,
+# AVX2: passes of 1 to 16 tokens, prompt in one piece or three, kept or computed again), so that no
+# lever of speed can decide a tie. With it they differ by more than a logit at worst, and it is not
+# faster at a report's length (`benchmarks/results/attention-demo-cpu2.json`).
+FLASH_ATTENTION = False
 
 _NO_ROOM = 1  # llama_decode: no KV slot was found
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; the enum in llama-cpp-python's logger is outdated
@@ -68,7 +70,13 @@ def is_available() -> str | None:
 
 
 def open(
-    path: Path, *, n_ctx: int, threads: int, exact: bool = False, fused: bool = True
+    path: Path,
+    *,
+    n_ctx: int,
+    threads: int,
+    exact: bool = False,
+    fused: bool = True,
+    flash_attention: bool = FLASH_ATTENTION,
 ) -> GgufLanguage:
     """Load a GGUF file (memory-mapped, CPU).
 
@@ -77,6 +85,7 @@ def open(
         threads: CPU threads; 0 = one per physical core this process may use.
         exact: float32 KV cache and no flash attention, for parity checks; slower.
         fused: prefill soft prompt and text as one batch; False = one batch for each.
+        flash_attention: the fused attention kernel; `exact` never uses it.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
@@ -98,7 +107,7 @@ def open(
                 "ask for less"
             )
         threads = threads or physical_cores()
-        context = _new_context(api, model, path, n_ctx, threads, exact)
+        context = _new_context(api, model, path, n_ctx, threads, exact, flash_attention)
     except BaseException:
         api.llama_model_free(model)
         raise
@@ -210,7 +219,7 @@ class GgufLanguage(Closing):
         self._check_open()
         rows = self._rows or EmbeddingRows(self._api._lib, self._path, self.n_vocab, self.n_embd)
         context = _new_context(
-            self._api, self._model, self._path, self._n_ctx, self._threads, False, slots
+            self._api, self._model, self._path, self._n_ctx, self._threads, slots=slots
         )
         sizes = self.n_vocab, self.n_embd
         return GgufParallel(self._api, context, rows, slots=slots, n_ctx=self._n_ctx, sizes=sizes)
@@ -339,7 +348,14 @@ def _load_model(api: Any, path: Path) -> Any:
 
 
 def _new_context(
-    api: Any, model: Any, path: Path, n_ctx: int, threads: int, exact: bool, slots: int = 1
+    api: Any,
+    model: Any,
+    path: Path,
+    n_ctx: int,
+    threads: int,
+    exact: bool = False,
+    flash_attention: bool = FLASH_ATTENTION,
+    slots: int = 1,
 ) -> Any:
     """A context whose `slots` sequences have `n_ctx` tokens each."""
     params = api.llama_context_default_params()
@@ -352,7 +368,7 @@ def _new_context(
     params.n_threads = params.n_threads_batch = threads
     params.offload_kqv = params.op_offload = False  # stay on the CPU in a GPU build as well
     params.no_perf = True
-    flash = FLASH_ATTENTION and not exact
+    flash = flash_attention and not exact
     params.flash_attn_type = (
         api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )

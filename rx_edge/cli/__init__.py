@@ -51,6 +51,7 @@ _study.command("imatrix")(studies.imatrix)
 _study.command("peers")(studies.peers)
 _study.command("export-memory")(studies.export_memory)
 _study.command("cold-start")(studies.cold_start)
+_study.command("attention")(studies.attention)
 _study.command("worklist")(studies.worklist)
 _study.command("gate-honesty")(studies.gate_honesty)
 _bench = typer.Typer(

@@ -184,6 +184,18 @@ def cold_start(
     _deliver(result, out)
 
 
+def attention(
+    bundle: BundleArgument,
+    llm: Annotated[str | None, typer.Option("--llm", help="GGUF artefact")] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=3, help="rounds")] = 20,
+    out: JsonFile = None,
+) -> None:
+    """llama.cpp's fused attention on and off: speed, and whether a batch changes a token."""
+    from rx_edge_bench.attention import measure
+
+    _deliver(measure(bundle, language=llm, repeats=repeats), out)
+
+
 def worklist(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
