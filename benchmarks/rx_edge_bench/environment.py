@@ -67,7 +67,7 @@ def fingerprint() -> str:
 
 def _llama_build() -> str | None:
     """The instruction sets and options that llama.cpp was built with; None without it."""
-    from rx_edge.backends.llm_gguf import engine
+    from rx_edge.backends.gguf_engine import engine
 
     try:
         text: str = engine().llama_print_system_info().decode()

@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 
 from rx_edge.atomic import replacing
-from rx_edge.backends.llm_gguf import engine, last_errors
+from rx_edge.backends.gguf_engine import engine, last_errors
 from rx_edge.errors import ExportError
 from rx_edge.types import FloatArray
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rx_edge.backends.base import Closing
-from rx_edge.backends.llm_gguf import engine, last_errors
+from rx_edge.backends.gguf_engine import engine, last_errors
 from rx_edge.errors import BackendError
 from rx_edge.optional import require
 from rx_edge.types import SoftPrompt

@@ -7,8 +7,7 @@ process, or not at all, is checked here first: batch size, room in the KV cache,
 vocabulary, NaN.
 
 `exact=True` computes attention plainly with a float32 KV cache: parity with torch is then
-about 1e-5 and a real conversion fault stands out. Production uses a float16 KV cache and
-flash attention.
+about 1e-5 and a real conversion fault stands out. Production uses a float16 KV cache.
 
 Does not cover: GPU builds of llama.cpp, several sequences (`llm_gguf_parallel.py`), sampling.
 """
@@ -16,10 +15,7 @@ Does not cover: GPU builds of llama.cpp, several sequences (`llm_gguf_parallel.p
 from __future__ import annotations
 
 import ctypes
-import functools
-import os
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +23,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from rx_edge.backends import gguf_batch
+from rx_edge.backends import gguf_batch, gguf_engine
 from rx_edge.backends.base import (
     PAIRING_KEY,
     Closing,
@@ -41,27 +37,19 @@ from rx_edge.backends.gguf_rows import EmbeddingRows
 from rx_edge.backends.llm_gguf_parallel import GgufParallel
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.machine import physical_cores
-from rx_edge.optional import require
 from rx_edge.types import FloatArray, IntArray, Logits
 
 REQUIRES = ("llama_cpp",)
 
 BATCH = gguf_batch.SIZE
-OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
-# Off on the CPU: without it a token's logits are the same bits whatever else is in its batch (Q8_0,
-# AVX2: passes of 1 to 16 tokens, prompt in one piece or three, kept or computed again), so that no
-# lever of speed can decide a tie. With it they differ by more than a logit at worst, and it is not
-# faster at a report's length (`benchmarks/results/attention-demo-cpu2.json`).
-FLASH_ATTENTION = False
 
 _NO_ROOM = 1  # llama_decode: no KV slot was found
-_LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; the enum in llama-cpp-python's logger is outdated
 
 
 def is_available() -> str | None:
     """None, or why this backend cannot be used here."""
     try:
-        engine()
+        gguf_engine.engine()
     except MissingExtraError as error:
         return str(error)
     except (OSError, RuntimeError) as error:  # the shared library does not load
@@ -76,7 +64,7 @@ def open(
     threads: int,
     exact: bool = False,
     fused: bool = True,
-    flash_attention: bool = FLASH_ATTENTION,
+    flash_attention: bool = gguf_engine.FLASH_ATTENTION,
 ) -> GgufLanguage:
     """Load a GGUF file (memory-mapped, CPU).
 
@@ -92,13 +80,13 @@ def open(
         BackendError: no such file, not a GGUF, refused by llama.cpp (its reason is in the
             message), or `n_ctx` is longer than the model was trained for.
     """
-    _check_file(path)
+    gguf_engine.check_file(path)
     if n_ctx < 1 or threads < 0:
         raise BackendError(
             f"n_ctx is {n_ctx} and threads is {threads}; use n_ctx >= 1, threads >= 0"
         )
-    api = engine()
-    model = _load_model(api, path)
+    api = gguf_engine.engine()
+    model = gguf_engine.load_model(api, path)
     try:
         trained = int(api.llama_model_n_ctx_train(model))
         if n_ctx > trained:
@@ -107,7 +95,7 @@ def open(
                 "ask for less"
             )
         threads = threads or physical_cores()
-        context = _new_context(api, model, path, n_ctx, threads, exact, flash_attention)
+        context = gguf_engine.new_context(api, model, path, n_ctx, threads, exact, flash_attention)
     except BaseException:
         api.llama_model_free(model)
         raise
@@ -139,10 +127,10 @@ class GgufLanguage(Closing):
         self._rows: EmbeddingRows | None = None
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(api.llama_model_n_embd(model))
-        self.pairing = _metadata(api, model, PAIRING_KEY)
+        self.pairing = gguf_engine.metadata(api, model, PAIRING_KEY)
         self._batch = Batch(api)
         # also runs when the object is dropped without close(); calling it twice does nothing
-        self._release = weakref.finalize(self, _free, api, context, model)
+        self._release = weakref.finalize(self, gguf_engine.free, api, context, model)
 
     @property
     def version(self) -> str:
@@ -218,7 +206,7 @@ class GgufLanguage(Closing):
         """
         self._check_open()
         rows = self._rows or EmbeddingRows(self._api._lib, self._path, self.n_vocab, self.n_embd)
-        context = _new_context(
+        context = gguf_engine.new_context(
             self._api, self._model, self._path, self._n_ctx, self._threads, slots=slots
         )
         sizes = self.n_vocab, self.n_embd
@@ -245,7 +233,7 @@ class GgufLanguage(Closing):
         Returns:
             float32 (rows, V): rows is 0, 1 or len(segment) for outputs "none", "last", "all".
         """
-        size = OUTPUTS if outputs == "all" else BATCH
+        size = gguf_engine.OUTPUTS if outputs == "all" else BATCH
         rows = {"none": 0, "last": 1, "all": len(segment)}[outputs]
         logits = np.empty((rows, self.n_vocab), np.float32)
         filled = 0
@@ -264,7 +252,7 @@ class GgufLanguage(Closing):
     def _decode(self, chunk: Segment, wanted: Any) -> None:
         n, start = len(chunk), self._position
         positions = np.arange(start, start + n, dtype=np.int32)
-        last_errors()
+        gguf_engine.last_errors()
         code = self._batch.decode(self._context, chunk, positions, 0, wanted)
         if code == _NO_ROOM:
             self._fail(f"no room for {n} tokens after {start}")
@@ -296,7 +284,7 @@ class GgufLanguage(Closing):
             raise BackendError("this language model is closed; open the file again")
 
     def _fail(self, what: str) -> NoReturn:
-        raise BackendError(what + _reason())
+        raise BackendError(what + gguf_engine.reason())
 
 
 def check_finite(logits: Logits, position: int) -> None:
@@ -310,114 +298,3 @@ def check_finite(logits: Logits, position: int) -> None:
             f"the language model returned NaN or infinite logits before token {position};"
             " the file or this build of llama.cpp is broken"
         )
-
-
-def _metadata(api: Any, model: Any, key: str) -> str:
-    """A string from the GGUF's metadata; "" when it has no such key."""
-    buffer = ctypes.create_string_buffer(256)
-    found = api.llama_model_meta_val_str(model, key.encode(), buffer, len(buffer)) >= 0
-    return buffer.value.decode(errors="replace") if found else ""
-
-
-def _free(api: Any, context: Any, model: Any) -> None:
-    api.llama_free(context)
-    api.llama_model_free(model)
-
-
-def _check_file(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise BackendError(
-            f"language model {str(path)!r} cannot be read: {error.strerror}"
-        ) from error
-    if magic != b"GGUF":
-        raise BackendError(f"language model {str(path)!r} is not a GGUF file; export it again")
-
-
-def _load_model(api: Any, path: Path) -> Any:
-    params = api.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.load_mode = api.LLAMA_LOAD_MODE_MMAP
-    last_errors()
-    model = api.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise BackendError(f"llama.cpp cannot load {str(path)!r}{_reason()}")
-    return model
-
-
-def _new_context(
-    api: Any,
-    model: Any,
-    path: Path,
-    n_ctx: int,
-    threads: int,
-    exact: bool = False,
-    flash_attention: bool = FLASH_ATTENTION,
-    slots: int = 1,
-) -> Any:
-    """A context whose `slots` sequences have `n_ctx` tokens each."""
-    params = api.llama_context_default_params()
-    # one cache per sequence; llama.cpp divides n_ctx among them and wants multiples of 256
-    params.n_seq_max, params.kv_unified = slots, slots == 1
-    params.n_ctx = n_ctx if slots == 1 else -(-n_ctx // 256) * 256 * slots
-    params.n_batch = params.n_ubatch = min(BATCH, n_ctx)
-    params.n_outputs_max_per_seq = min(OUTPUTS, n_ctx)
-    params.n_outputs_max = params.n_outputs_max_per_seq * slots
-    params.n_threads = params.n_threads_batch = threads
-    params.offload_kqv = params.op_offload = False  # stay on the CPU in a GPU build as well
-    params.no_perf = True
-    flash = flash_attention and not exact
-    params.flash_attn_type = (
-        api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    )
-    params.type_k = params.type_v = api.GGML_TYPE_F32 if exact else api.GGML_TYPE_F16
-    last_errors()
-    context = api.llama_init_from_model(model, params)
-    if not context:
-        raise BackendError(f"llama.cpp cannot make a context for {str(path)!r}{_reason()}")
-    return context
-
-
-@functools.cache
-def engine() -> Any:
-    """llama_cpp's ctypes layer, initialised, its log kept instead of printed.
-
-    The exporter shares it, so that one process has one log callback.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-    """
-    api: Any = require("llama_cpp.llama_cpp", extra="cpu")
-    errors, level = _errors(), 0
-
-    def keep(new_level: int, text: bytes, _: Any) -> None:
-        nonlocal level
-        level = level if new_level == _LOG_CONTINUED else new_level
-        if level == _LOG_ERROR:
-            errors.append(" ".join(text.decode(errors="replace").split()))
-
-    # llama.cpp keeps the bare pointer, so the callback must live as long as the process
-    api.rx_edge_log = api.llama_log_callback(keep)
-    api.llama_log_set(api.rx_edge_log, ctypes.c_void_p(0))
-    api.llama_backend_init()
-    return api
-
-
-@functools.cache
-def _errors() -> deque[str]:
-    """llama.cpp's most recent error lines; it logs per process, not per model."""
-    return deque(maxlen=3)
-
-
-def last_errors() -> str:
-    """Take llama.cpp's error lines since the last call, or ""."""
-    lines = [line for line in _errors() if line]
-    _errors().clear()
-    return " / ".join(lines)
-
-
-def _reason() -> str:
-    lines = last_errors()
-    return f": {lines}" if lines else ""

@@ -13,8 +13,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from rx_edge.backends import llm_gguf, registry
-from rx_edge.backends.llm_gguf import BATCH, OUTPUTS, GgufLanguage
+from rx_edge.backends import gguf_engine, llm_gguf, registry
+from rx_edge.backends.gguf_engine import OUTPUTS
+from rx_edge.backends.llm_gguf import BATCH, GgufLanguage
 from rx_edge.errors import BackendError
 from rx_edge_export import llm_gguf as writer
 from tests.factories import tiny_llama_dir
@@ -260,7 +261,7 @@ def test_missing_engine_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in [m for m in sys.modules if m.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, name)
         monkeypatch.setitem(sys.modules, package, None)  # what `import` takes for "not there"
-    llm_gguf.engine.cache_clear()
+    gguf_engine.engine.cache_clear()
     reasons = registry.describe()
     assert set(reasons) == set(registry.BACKENDS)
     for name, reason in reasons.items():  # TensorRT may be installed and lack its GPU

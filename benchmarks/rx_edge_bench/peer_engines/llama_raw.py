@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from rx_edge.backends import llm_gguf
+from rx_edge.backends import gguf_engine, llm_gguf
 from rx_edge.backends.base import Closing
 from rx_edge.optional import require
 from rx_edge_bench.peer_engines.base import Job, random_ids
@@ -35,7 +35,7 @@ class LlamaRaw(Closing):
         Raises:
             BackendError: llama.cpp refuses it.
         """
-        self._api = llm_gguf.engine()
+        self._api = gguf_engine.engine()
         self._model = open_model(self._api, job.llm)
         try:
             self._context = Context(self._api, self._model, n_ctx=job.n_ctx, threads=job.threads)
