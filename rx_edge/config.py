@@ -18,7 +18,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from rx_edge.errors import ConfigError
 
@@ -224,6 +224,20 @@ class ExportConfig:
     llm_exporter: Literal["rx-edge", "optimum"] = _option(
         "rx-edge", "who converts the language model to ONNX; optimum needs its own environment"
     )
+
+
+UncertainPolicy: TypeAlias = Literal["u-positive", "u-negative", "u-ignore"]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How systems are scored (`rx-edge evaluate`)."""
+
+    uncertain: Literal["u-positive", "u-negative", "u-ignore"] = _option(
+        "u-negative", "what an uncertain finding counts as"
+    )
+    train_limit: int = _option(2000, "training images for the neighbour: enough to be a strong one")
+    resamples: int = _option(2000, "of the intervals and of the randomisation test")
 
 
 def load_toml(path: Path, cls: type[T]) -> T:

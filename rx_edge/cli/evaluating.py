@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -18,15 +18,13 @@ from rx_edge.cli.common import (
     require_train,
     say,
 )
-from rx_edge.config import GenerateConfig
+from rx_edge.config import EvaluateConfig, GenerateConfig, UncertainPolicy
 from rx_edge.errors import UsageError
-from rx_edge.metrics.baselines import TRAIN_LIMIT
-from rx_edge.metrics.bootstrap import RESAMPLES
-from rx_edge.metrics.label_scores import DEFAULT_POLICY, POLICIES, Policy
 
 if TYPE_CHECKING:
     from rx_edge.evaluate.evaluate import Evaluation
 
+POLICIES: tuple[UncertainPolicy, ...] = get_args(UncertainPolicy)
 PACKAGES = ("torch", "transformers", "peft", "pycocoevalcap", "radeval")  # beside the engines'
 
 
@@ -47,14 +45,14 @@ def evaluate(
     ] = "study-findings",
     uncertain: Annotated[
         str, typer.Option("--uncertain", help=f"labels: {', '.join(POLICIES)}")
-    ] = DEFAULT_POLICY,
+    ] = EvaluateConfig().uncertain,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="studies to score")] = None,
     train_limit: Annotated[
         int, typer.Option("--train-limit", min=1, help="training studies for baselines")
-    ] = TRAIN_LIMIT,
+    ] = EvaluateConfig().train_limit,
     resamples: Annotated[
         int, typer.Option("--resamples", min=100, help="of the intervals and of the test")
-    ] = RESAMPLES,
+    ] = EvaluateConfig().resamples,
     radeval: Annotated[
         list[str] | None,
         typer.Option("--radeval", help="chexbert, radgraph, radcliq, green; repeatable"),
@@ -118,7 +116,7 @@ def _reader(name: str | None) -> str | None:
     return name
 
 
-def _policy(name: str) -> Policy:
+def _policy(name: str) -> UncertainPolicy:
     for policy in POLICIES:
         if policy == name:
             return policy

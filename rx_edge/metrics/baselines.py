@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rx_edge.config import EvaluateConfig
 from rx_edge.metrics.nlg import Tokens, rouge_l
 from rx_edge.types import FloatArray
 
 CANDIDATES = 200  # training reports compared with each other: 40,000 pairs, a second or two
-TRAIN_LIMIT = 2000  # training images for the neighbour: enough to be a strong one
+TRAIN_LIMIT = EvaluateConfig().train_limit
 
 
 def constant(ids: Sequence[str], reports: Sequence[Tokens]) -> int:

@@ -21,10 +21,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from rx_edge.config import EvaluateConfig
+
 Table: TypeAlias = NDArray[np.float64]  # (studies, sums) or (resamples, sums)
 Figure: TypeAlias = Callable[[Table], Table]  # sums (R, k) -> figures (R,); NaN where undefined
 
-RESAMPLES, SEED = 2000, 0
+RESAMPLES, SEED = EvaluateConfig().resamples, 0
 INTERVAL, ENDS = 0.95, (0.025, 0.975)
 
 

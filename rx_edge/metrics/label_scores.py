@@ -15,16 +15,17 @@ A finding that no text mentions has no F1 and is left out of macro averages; its
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
+from typing import TypeAlias, get_args
 
 import numpy as np
 
+from rx_edge.config import EvaluateConfig, UncertainPolicy
 from rx_edge.metrics.bootstrap import Figure, Table, ratio
 from rx_edge.metrics.labels import facts
 
-Policy: TypeAlias = Literal["u-positive", "u-negative", "u-ignore"]
+Policy: TypeAlias = UncertainPolicy
 POLICIES: tuple[Policy, ...] = get_args(Policy)
-DEFAULT_POLICY: Policy = "u-negative"
+DEFAULT_POLICY: Policy = EvaluateConfig().uncertain
 
 FINDINGS = (
     "No Finding",
