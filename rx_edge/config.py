@@ -75,8 +75,10 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How this machine runs a bundle. Every lever of speed can be switched off, to be measured;
-    none changes what a greedy draft says.
+    """How this machine runs a bundle. Every lever of speed can be switched off, to be measured.
+
+    The language model decides every token either way. Without the prefix cache or the fused prefill
+    the prompt is computed in other batches, whose rounding can decide a tie.
     """
 
     drafts: bool = _option(True, "propose continuations from training reports, verified in passes")

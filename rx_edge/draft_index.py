@@ -25,10 +25,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rx_edge.bundle import DRAFTS, Bundle
+from rx_edge.closing import Closing
 from rx_edge.errors import BundleError
 
 MAGIC = b"rxdrafts"
@@ -54,7 +53,7 @@ class Proposal:
     chances: tuple[float, ...] = ()
 
 
-class DraftIndex:
+class DraftIndex(Closing):
     """A memory-mapped `drafts.bin`. Reading it needs no lock; many threads may propose.
 
     Attributes:
@@ -109,17 +108,6 @@ class DraftIndex:
         self._order.release()
         self._text.release()
         self._buffer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _find(self, pattern: list[int]) -> tuple[int, int]:
         """The part of the order whose positions begin with `pattern`."""

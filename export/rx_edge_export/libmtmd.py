@@ -18,8 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rx_edge.backends.base import Closing
-from rx_edge.backends.gguf_engine import engine, last_errors
+from rx_edge.backends.gguf_engine import (
+    check_file,
+    engine,
+    last_errors,
+    load_model,
+    reason,
+)
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge.optional import require
 from rx_edge.types import SoftPrompt
@@ -47,7 +53,8 @@ class Stock(Closing):
         """
         self.api, self.mtmd = engine(), library()
         self._mmproj = mmproj
-        self.model = open_model(self.api, llm)
+        check_file(llm)
+        self.model = load_model(self.api, llm)
         self.context: Any = None
         try:
             self.context = self._open_projector(mmproj, exact, threads)
@@ -202,25 +209,6 @@ def library() -> Any:
     return mtmd
 
 
-def open_model(api: Any, path: Path) -> Any:
-    if not path.is_file():
-        raise BackendError(f"language model {str(path)!r} is absent; export it again")
-    params = api.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.load_mode = api.LLAMA_LOAD_MODE_MMAP
-    last_errors()
-    model = api.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise BackendError(f"llama.cpp cannot load {str(path)!r}{reason()}")
-    return model
-
-
 def _free(api: Any, mtmd: Any, model: Any, context: Any) -> None:
     mtmd.mtmd_free(context)
     api.llama_model_free(model)
-
-
-def reason() -> str:
-    """llama.cpp's last error lines as the end of a message, or ""."""
-    lines = last_errors()
-    return f": {lines}" if lines else ""

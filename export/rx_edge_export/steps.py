@@ -16,11 +16,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from rx_edge.atomic import replacing
 from rx_edge.bundle import describe
+from rx_edge.closing import Closing
 from rx_edge.errors import UsageError
 
 RECORD = "steps.json"
@@ -32,7 +32,7 @@ class Progress(Protocol):
     def __call__(self, what: str, done: int, of: int, detail: str) -> None: ...
 
 
-class Steps:
+class Steps(Closing):
     """The work directory of one export, locked while it is in use.
 
     Args:
@@ -93,15 +93,8 @@ class Steps:
         """Remove the work directory: it holds nothing worth keeping."""
         shutil.rmtree(self.work, ignore_errors=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let go of the work directory."""
         os.close(self._lock)  # closing releases the lock
 
     def _kept(self, name: str) -> dict[str, Any] | None:

@@ -27,25 +27,6 @@ Segment: TypeAlias = IntArray | SoftPrompt  # token ids (T,) int32, or embedding
 PAIRING_KEY = "rx_edge.pairing"
 
 
-class Closing:
-    """A context manager whose exit is `close()`, as both protocols promise."""
-
-    def close(self) -> None:
-        """Free what is held; calling it again does nothing."""
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
 def checked_ids(ids: Any, n_vocab: int) -> IntArray:
     """Token ids (T,) as int32.
 

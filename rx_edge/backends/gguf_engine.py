@@ -17,10 +17,10 @@ from rx_edge.errors import BackendError
 from rx_edge.optional import require
 
 OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
-# On: the kernel computes every token of a batch by itself, so a pass over several tokens gives what
-# single passes give, and proposals decide no tie (0 of 50 drafts changed, Q8_0, AVX2). Without it
-# 11 of 40 changed at ties, and a draft took 7 % longer. Only how a prompt is split into batches
-# still matters, which is why production always splits it in the same way.
+# On: then a pass over several tokens gives the very bits of single passes (Q8_0, AVX2), and
+# proposals decide no tie. Off, they differ by 1.3 logits, 17 of 637 tokens would be others, and a
+# draft takes 7 % longer (`benchmarks/results/attention-demo-cpu2.json`). How a prompt is split into
+# batches still matters, which is why production always splits it in the same way.
 FLASH_ATTENTION = True
 
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; the enum in llama-cpp-python's logger is outdated

@@ -26,7 +26,6 @@ import numpy as np
 from rx_edge.backends import gguf_batch, gguf_engine
 from rx_edge.backends.base import (
     PAIRING_KEY,
-    Closing,
     KnownStart,
     Segment,
     checked_ids,
@@ -35,6 +34,7 @@ from rx_edge.backends.base import (
 from rx_edge.backends.gguf_batch import Batch, read_logits
 from rx_edge.backends.gguf_rows import EmbeddingRows
 from rx_edge.backends.llm_gguf_parallel import GgufParallel
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.machine import physical_cores
 from rx_edge.types import FloatArray, IntArray, Logits

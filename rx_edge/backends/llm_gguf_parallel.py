@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from rx_edge.backends.base import Closing, KnownStart, Segment, checked_ids, checked_segment
+from rx_edge.backends.base import KnownStart, Segment, checked_ids, checked_segment
 from rx_edge.backends.gguf_batch import SIZE, Batch, read_logits
 from rx_edge.backends.gguf_rows import EmbeddingRows
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray, IntArray, Logits
 

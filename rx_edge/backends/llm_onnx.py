@@ -24,12 +24,12 @@ from tokenizers import Tokenizer
 from rx_edge.backends import onnx_engine
 from rx_edge.backends.base import (
     PAIRING_KEY,
-    Closing,
     KnownStart,
     Segment,
     checked_ids,
     checked_segment,
 )
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray, IntArray, Logits
 

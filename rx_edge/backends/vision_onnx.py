@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from rx_edge.backends import onnx_engine
-from rx_edge.backends.base import PAIRING_KEY, Closing
+from rx_edge.backends.base import PAIRING_KEY
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge.types import FloatArray
 

@@ -22,10 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from rx_edge.backends import tensorrt_engine as engine_builder
-from rx_edge.backends.base import PAIRING_KEY, Closing
+from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.backends.engine_cache import EngineKey, cache_dir, load_or_build, onnx_sha256, system
 from rx_edge.backends.tensorrt_engine import Library, Progress, Signature
 from rx_edge.backends.vision_onnx import INPUT, OUTPUT
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.types import FloatArray
 

@@ -186,14 +186,20 @@ def cold_start(
 
 def attention(
     bundle: BundleArgument,
+    images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
     llm: Annotated[str | None, typer.Option("--llm", help="GGUF artefact")] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=3, help="rounds")] = 20,
     out: JsonFile = None,
 ) -> None:
-    """llama.cpp's fused attention on and off: speed, and whether a batch changes a token."""
+    """llama.cpp's fused attention on and off: speed, and whether a wider pass changes a token."""
+    from rx_edge.cli.benching import studies_of
+    from rx_edge.runtime.session import open_session
     from rx_edge_bench.attention import measure
 
-    _deliver(measure(bundle, language=llm, repeats=repeats), out)
+    with open_session(bundle, language=llm) as session, progress() as bars:
+        result = measure(
+            session, studies_of(images), tick=lambda done, of: bars("studies", done, of, "")
+        )
+    _deliver(result, out)
 
 
 def worklist(

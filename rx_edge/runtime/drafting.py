@@ -28,7 +28,6 @@ WIDTHS = (1, 2, 4, 6, 8, 12, 16)  # tokens per pass: the last chosen one and the
 # Pass over w tokens against a pass over one, where nothing was measured yet: SmolLM2-135M Q8_0,
 # two AVX2 cores. Wider passes are far cheaper where decoding waits for memory.
 PRIOR_COST = {1: 1.0, 2: 1.67, 4: 2.27, 6: 2.7, 8: 3.15, 12: 4.2, 16: 5.3}
-PRIOR_WEIGHT = 2.0  # passes that the prior counts for
 FORGET = 0.9  # weight of the past, per pass of the same width: machines warm up and get busy
 
 BINS = 10  # of chances

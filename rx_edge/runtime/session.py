@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge.backends import registry
-from rx_edge.backends.base import Closing, LanguageBackend, VisionBackend
+from rx_edge.backends.base import LanguageBackend, VisionBackend
 from rx_edge.bundle import Artifact, Bundle, open_bundle
+from rx_edge.closing import Closing
 from rx_edge.config import GenerateConfig, RuntimeConfig
 from rx_edge.draft_index import open_drafts
 from rx_edge.errors import BundleError

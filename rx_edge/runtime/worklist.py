@@ -32,7 +32,9 @@ from rx_edge.runtime.pipeline import Study, encode, new_draft, open_study, repor
 from rx_edge.runtime.session import Session
 from rx_edge.types import FloatArray, IntArray, Logits, Report, SoftPrompt
 
-SLOTS = 8  # two AVX2 cores: tokens per second stop growing here (242 at 4 and 241 at 8, Q4_0)
+# Two AVX2 cores: decoding alone gains no more beyond this. Whole short drafts gain nothing there:
+# reading, vision and prefill do not share (`benchmarks/results/worklist-demo-cpu2.json`).
+SLOTS = 8
 AHEAD = 2  # encoded studies that wait for a slot
 
 

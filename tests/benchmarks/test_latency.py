@@ -13,7 +13,15 @@ import pytest
 
 from rx_edge.errors import UsageError
 from rx_edge.runtime.session import Session, open_session
-from rx_edge_bench import cold_start, latency, latency_page, levers, resources, worklist_study
+from rx_edge_bench import (
+    attention,
+    cold_start,
+    latency,
+    latency_page,
+    levers,
+    resources,
+    worklist_study,
+)
 from rx_edge_export import phantom
 
 
@@ -158,3 +166,14 @@ def test_a_cold_start_is_a_fresh_process(tiny_bundle: Path, studies: list[Path])
     first = found["process_start_to_first_token"]
     assert first["warm"]["n"] == first["cold"]["n"] == 1
     assert 0 < first["warm"]["median"] <= found["process_start_to_end"]["warm"]["median"]
+
+
+def test_attention_is_compared_on_studies(session: Session, studies: list[Path]) -> None:
+    found = attention.measure(session, studies[:2])
+    assert set(found["flash_attention"]) == {"on", "off"}
+    for setting in found["flash_attention"].values():
+        assert setting["tokens"] > 10
+        assert setting["seconds"]["prompt"]["n"] == 2
+        for width in setting["by_tokens_per_pass"].values():
+            assert 0 <= width["other_choices"] <= setting["tokens"]
+            assert width["largest_difference"] < 0.1  # a tiny model: rounding, not another draft

@@ -33,9 +33,9 @@ def test_a_profile_is_measured_kept_and_used(tiny_bundle: Path, phantom_study: P
         assert tuning.stored(session) == profile
     with open_session(tiny_bundle, max_new_tokens=10) as session:
         assert any(note.startswith("speed: as measured") for note in session.notes)
-        if session.drafter:
-            measured = profile.pass_seconds[8] / profile.pass_seconds[1]
-            assert session.drafter.costs.relative(8) == pytest.approx(measured)
+        assert session.drafter is not None
+        measured = profile.pass_seconds[8] / profile.pass_seconds[1]
+        assert session.drafter.costs.relative(8) == pytest.approx(measured)
         assert run_to_end(session, phantom_study).token_ids == before.token_ids
     with open_session(tiny_bundle, language="F16") as session:
         assert tuning.stored(session) is None  # another file, another profile

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rx_edge.backends.base import Closing
+from rx_edge.closing import Closing
 from rx_edge.errors import MissingExtraError, ModelError
 from rx_edge.optional import require
 from rx_edge_bench.peer_engines.base import Answer, Job, Picture

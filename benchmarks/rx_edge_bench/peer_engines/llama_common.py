@@ -10,9 +10,9 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from rx_edge.backends.base import Closing
+from rx_edge.backends.gguf_engine import reason
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
-from rx_edge_export.libmtmd import reason
 
 
 class Context(Closing):

@@ -14,11 +14,12 @@ import time
 from typing import Any
 
 from rx_edge.backends import llm_gguf
-from rx_edge.backends.base import Closing
+from rx_edge.backends.gguf_engine import reason
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge_bench.peer_engines.base import Answer, Job, Picture
 from rx_edge_bench.peer_engines.llama_common import Context
-from rx_edge_export.libmtmd import MARKER, Stock, library, reason
+from rx_edge_export.libmtmd import MARKER, Stock, library
 
 PIECE = 256  # bytes of one token's text: more than any has
 

@@ -14,11 +14,10 @@ from itertools import islice
 from typing import Any
 
 from rx_edge.backends import gguf_engine, llm_gguf
-from rx_edge.backends.base import Closing
+from rx_edge.closing import Closing
 from rx_edge.optional import require
 from rx_edge_bench.peer_engines.base import Job, random_ids
 from rx_edge_bench.peer_engines.llama_common import Context
-from rx_edge_export.libmtmd import open_model
 
 
 def is_available() -> str | None:
@@ -36,7 +35,7 @@ class LlamaRaw(Closing):
             BackendError: llama.cpp refuses it.
         """
         self._api = gguf_engine.engine()
-        self._model = open_model(self._api, job.llm)
+        self._model = gguf_engine.load_model(self._api, job.llm)
         try:
             self._context = Context(self._api, self._model, n_ctx=job.n_ctx, threads=job.threads)
         except BaseException:

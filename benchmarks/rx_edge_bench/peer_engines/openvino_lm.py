@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rx_edge.backends.base import Closing
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge_bench.peer_engines.base import Job
 

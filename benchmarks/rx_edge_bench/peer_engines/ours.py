@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from rx_edge.backends import registry
-from rx_edge.backends.base import Closing, LanguageBackend, Segment
+from rx_edge.backends.base import LanguageBackend, Segment
 from rx_edge.bundle import Artifact
+from rx_edge.closing import Closing
 from rx_edge.config import RuntimeConfig
 from rx_edge.runtime.decoding import Draft, decode, greedy
 from rx_edge.runtime.pipeline import open_study
