@@ -5,8 +5,9 @@ is what the model says after i accepted proposals, so the first row that chooses
 the proposed one ends the pass: every emitted token is the model's own choice, with proposals or
 without. The same holds for sampling: the proposal is one token, so drawing from the model's
 distribution and comparing *is* rejection sampling, and the same seed draws the same text either
-way. Only floating point differs: a pass over several tokens may round otherwise than a pass over
-one, which can decide a tie.
+way. Only floating point can differ: where a pass over several tokens rounds otherwise than a pass
+over one, it can decide a tie. Q8_0 through llama.cpp does not (`gguf_engine.FLASH_ATTENTION`);
+float16 files do.
 
 Does not cover: where proposals come from (`drafting.py`), text (`pipeline.py`).
 """

@@ -1,8 +1,9 @@
 """One study in, one streamed draft out.
 
 read -> guard -> prepare -> vision -> prefill -> decode. Decoding is greedy unless asked otherwise:
-the same study and bundle give the same draft. The text is streamed in whole characters, each chunk
-with its measurements; benchmarks time this very stream. Closing the generator cancels the draft;
+the same study and bundle give the same draft; in a float16 file proposals may decide a tie
+(`decoding.py`). The text is streamed in whole characters, each chunk with its measurements;
+benchmarks time this very stream. Closing the generator cancels the draft;
 the session stays usable.
 
 Does not cover: several studies at once (`worklist.py`), how tokens are chosen (`decoding.py`).
