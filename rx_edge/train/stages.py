@@ -23,23 +23,11 @@ from rx_edge.errors import TrainingError
 from rx_edge.model.language import hidden_states
 from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.train.batching import Batch, Example, collate, epoch_order
-from rx_edge.train.checkpoint import load_progress, save_progress
 from rx_edge.train.features import FeatureCache
+from rx_edge.train.progress import load_progress, save_progress
+from rx_edge.train.trainables import trainable
 
 Tick = Callable[[int, int, float], None]  # step, steps, loss
-
-
-def trainable(model: ReportModel, stage: StageConfig) -> list[torch.nn.Parameter]:
-    """Switch gradients on for what the stage trains, and off for everything else."""
-    model.requires_grad_(False)
-    chosen = []
-    if "projector" in stage.trains:
-        chosen += list(model.projector.parameters())
-    if "lora" in stage.trains:
-        chosen += [p for n, p in model.lm.named_parameters() if ".lora_" in n]
-    for parameter in chosen:
-        parameter.requires_grad_(True)
-    return chosen
 
 
 def loss_of(model: ReportModel, batch: Batch) -> torch.Tensor:
