@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -186,11 +187,17 @@ class Bundle:
         raise BundleError(f"{_name(self.root)} no {half} model {choice!r}; has: {have}")
 
 
-def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:
+def open_bundle(
+    root: Path,
+    *,
+    allow_unverified: bool = False,
+    meanwhile: Callable[[Manifest], None] = lambda _: None,
+) -> Bundle:
     """Read the manifest and check every file it lists.
 
     Args:
         allow_unverified: accept a bundle without a passing verdict; every draft then says so.
+        meanwhile: called while the files are hashed; it may not open any of them.
 
     Raises:
         BundleError: no bundle, damaged, newer than this code, or unverified.
@@ -208,13 +215,18 @@ def open_bundle(root: Path, *, allow_unverified: bool = False) -> Bundle:
             f"{_name(root)} it has no passing verification against the trained model; "
             "export it again (or add --allow-unverified, which marks every draft)"
         )
-    check_files(root, manifest.files)
+    check_files(root, manifest.files, meanwhile=lambda: meanwhile(manifest))
     _check_parts(root, manifest)
     return Bundle(root, manifest, hashlib.sha256(raw_bytes).hexdigest())
 
 
-def check_files(root: Path, files: dict[str, FileEntry]) -> None:
+def check_files(
+    root: Path, files: dict[str, FileEntry], *, meanwhile: Callable[[], None] = lambda: None
+) -> None:
     """Compare size and sha256 of every listed file with the manifest.
+
+    Args:
+        meanwhile: called while the files are hashed.
 
     Raises:
         BundleError: a file is missing or differs; the first such file is named.
@@ -224,6 +236,7 @@ def check_files(root: Path, files: dict[str, FileEntry]) -> None:
     with ThreadPoolExecutor(HASHING) as pool:
         checks = [pool.submit(_check_file, root, *item) for item in sorted(files.items())]
         try:
+            meanwhile()
             for check in checks:
                 check.result()
         except BaseException:

@@ -6,10 +6,13 @@ Nothing here computes; nothing here knows a file format. The order is the data's
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from rx_edge.errors import RxEdgeError
 
 FloatArray: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
@@ -110,3 +113,13 @@ class Report:
     timings: Timings
     provenance: dict[str, str]
     status: str = "draft"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One study's outcome in a worklist: exactly one of `report` and `error` is set."""
+
+    index: int
+    study: Path
+    report: Report | None = None
+    error: RxEdgeError | None = None

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -240,3 +240,53 @@ class LanguageBackend(Protocol):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
+
+
+class Slots(Protocol):
+    """Several sequences of one language model; a pass reads the weights once for all of them."""
+
+    slots: int
+
+    def begin(self, slot: int, start: IntArray, segments: Sequence[Segment]) -> FloatArray:
+        """A new prompt in `slot`: `start` (T,), which all prompts share, then `segments`.
+
+        Returns:
+            float32 (V,), the logits after the last position.
+
+        Raises:
+            BackendError: as `LanguageBackend.prefill`.
+        """
+        ...
+
+    def step(self, feeds: Sequence[tuple[int, IntArray]]) -> list[Logits | BackendError]:
+        """Append ids (k,) to several slots in one pass.
+
+        Returns:
+            For each, float32 (k, V); or an error that is that slot's alone.
+
+        Raises:
+            BackendError: as `LanguageBackend.step`.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+@runtime_checkable
+class Parallel(Protocol):
+    """A language model that can decode several sequences together."""
+
+    def parallel(self, slots: int) -> Slots:
+        """Room for `slots` sequences over the same weights; to be closed before the model.
+
+        Raises:
+            BackendError: the engine cannot make it, or closed.
+        """
+        ...

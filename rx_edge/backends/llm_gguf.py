@@ -40,6 +40,7 @@ from rx_edge.machine import physical_cores
 from rx_edge.types import FloatArray, IntArray, Logits
 
 REQUIRES = ("llama_cpp",)
+SHARES_WEIGHTS = True  # the file is memory-mapped: opened again, it takes no more memory
 
 BATCH = gguf_batch.SIZE
 

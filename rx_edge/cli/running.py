@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +50,6 @@ def report(
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft a report for each image, streamed."""
-    _import_ahead("rx_edge.runtime.pipeline")
     from rx_edge.runtime.session import open_session
 
     _refuse_missing(images)
@@ -119,11 +116,6 @@ def draft_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any]:
         for flag in finished.flags:
             typer.echo(f"! {flag}")
     return {"study": str(image), **dataclasses.asdict(finished)}
-
-
-def _import_ahead(module: str) -> None:
-    """Import in a thread: pydicom and its codecs load while the bundle's files are hashed."""
-    threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
 
 
 def _refuse_missing(images: list[Path]) -> None:

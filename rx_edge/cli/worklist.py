@@ -24,9 +24,12 @@ def worklist(
     directory: Annotated[Path, typer.Argument(help="directory with DICOM, PNG or JPEG files")],
     bundle: BundleOption,
     out: Annotated[Path, typer.Option("--out", help="directory for one JSON file per study")],
+    workers: Annotated[
+        int, typer.Option("--workers", min=0, help="studies at the same time; 0 = one per core")
+    ] = 0,
     slots: Annotated[
-        int | None, typer.Option("--slots", min=1, help="drafts that grow side by side")
-    ] = None,
+        int, typer.Option("--slots", min=1, help="drafts that share passes instead, in one worker")
+    ] = 1,
     vision: VisionChoice = None,
     llm: LanguageChoice = None,
     threads: Annotated[int | None, typer.Option("--threads", min=0, help="CPU threads")] = None,
@@ -34,8 +37,10 @@ def worklist(
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft every study of a directory; run it again to go on where it stopped."""
+    if workers > 1 and slots > 1:
+        raise UsageError(f"--workers {workers} and --slots {slots} exclude each other; leave one")
     from rx_edge.runtime.session import open_session
-    from rx_edge.runtime.worklist import SLOTS, draft_all
+    from rx_edge.runtime.worklist import draft_all
     from rx_edge.runtime.worklist_store import Store, studies_below
 
     studies = list(studies_below(directory))
@@ -54,7 +59,8 @@ def worklist(
             say(f"rx-edge: {message}")
         with progress() as bars:
             paths = [study for study, _ in waiting]
-            for done, result in enumerate(draft_all(session, paths, slots=slots or SLOTS), start=1):
+            results = draft_all(session, paths, workers=workers, slots=slots)
+            for done, result in enumerate(results, start=1):
                 store.put(waiting[result.index][1], result)
                 failed += result.report is None
                 bars("drafting", done, len(waiting), f"{failed} failed" if failed else "")

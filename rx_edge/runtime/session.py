@@ -5,6 +5,7 @@ Does not cover: studies (`pipeline.py`). One session belongs to one thread.
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from rx_edge.backends import registry
 from rx_edge.backends.base import LanguageBackend, VisionBackend
-from rx_edge.bundle import Artifact, Bundle, open_bundle
+from rx_edge.bundle import Artifact, Bundle, Manifest, open_bundle
 from rx_edge.closing import Closing
 from rx_edge.config import GenerateConfig, RuntimeConfig
 from rx_edge.draft_index import open_drafts
@@ -79,7 +80,7 @@ def open_session(
         BundleError: refused; see `rx_edge.bundle`.
         BackendError: an engine cannot run it.
     """
-    bundle = open_bundle(root, allow_unverified=allow_unverified)
+    bundle = open_bundle(root, allow_unverified=allow_unverified, meanwhile=_import_ahead)
     return open_checked(
         bundle,
         vision=vision,
@@ -108,20 +109,23 @@ def open_checked(
         generate = replace(generate, max_new_tokens=max_new_tokens)
     if threads is not None:
         generate = replace(generate, threads=threads)
-    with ThreadPoolExecutor(1) as pool:  # the two wait for files, not for each other
-        opening = pool.submit(_open_vision, bundle, sees, generate)
+    # none of the three waits for another, and each lets go of the interpreter's lock
+    with ThreadPoolExecutor(2) as pool:
+        seeing = pool.submit(_open_vision, bundle, sees, generate)
+        reading = pool.submit(load_tokenizer, bundle.path(manifest.tokenizer))
         try:
-            tokenizer = load_tokenizer(bundle.path(manifest.tokenizer))
             language_backend = _open_language(bundle, writes, generate, runtime, exact=exact)
         except BaseException:
-            if not opening.exception():
-                opening.result().close()
+            if not seeing.exception():
+                seeing.result().close()
             raise
-        try:
-            eyes = opening.result()
-        except BaseException:
-            language_backend.close()
-            raise
+    try:
+        eyes, tokenizer = seeing.result(), reading.result()
+    except BaseException:
+        language_backend.close()
+        if not seeing.exception():
+            seeing.result().close()
+        raise
     prompt = prompt_ids(manifest.prompt, tokenizer)
     session = Session(
         bundle=bundle,
@@ -149,6 +153,13 @@ def open_checked(
         session.close()
         raise
     return session
+
+
+def _import_ahead(manifest: Manifest) -> None:
+    """Import what the bundle needs while its files are hashed: two cores, one interpreter."""
+    for artifact in (*manifest.vision[:1], *manifest.language[:1]):
+        registry.load(artifact.format).is_available()
+    importlib.import_module("rx_edge.radiograph")  # pydicom and its codecs: a study comes next
 
 
 def _open_language(

@@ -1,232 +1,119 @@
-"""Many studies at once: the next ones are read and encoded while the current ones decode.
+"""Many studies: each worker drafts whole studies on its share of the cores.
 
-Drafts grow side by side in the slots of one llama.cpp context: a pass reads the weights once for
-all of them. One thread reads, prepares and encodes ahead of them, into a queue of bounded length.
-Results come in the order of the studies; a study that fails is a result with an error, and the
-others go on.
+A draft on one core wastes nothing: no thread waits for another at every layer, and reading one
+study's file overlaps with decoding another's. Workers share the checked bundle, and where the
+backend maps its file also the weights. Results come in the order of the studies; a study that
+fails is a result with an error, and the others go on.
 
-A pass over several drafts rounds otherwise than a pass over one, as in `decoding.py`: only a tie
-between two tokens can fall the other way.
-
-Does not cover: writing results and resuming (`worklist_store.py`), several machines.
+Does not cover: drafts that share passes (`worklist_slots.py`), writing results and resuming
+(`worklist_store.py`), several machines.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
-import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from rx_edge.backends.base import LanguageBackend, Segment
+from rx_edge.backends import registry
 from rx_edge.errors import RxEdgeError
-from rx_edge.prompting import layout
-from rx_edge.runtime.decoding import Draft
-from rx_edge.runtime.pipeline import Study, encode, new_draft, open_study, report, text_of
-from rx_edge.runtime.session import Session
-from rx_edge.types import FloatArray, IntArray, Logits, Report, SoftPrompt
+from rx_edge.machine import physical_cores
+from rx_edge.runtime import worklist_slots
+from rx_edge.runtime.pipeline import draft
+from rx_edge.runtime.session import Session, open_checked
+from rx_edge.types import Report, Result
 
-# Two AVX2 cores: decoding alone gains no more beyond this. Whole short drafts gain nothing there:
-# reading, vision and prefill do not share (`benchmarks/results/worklist-demo-cpu2.json`).
-SLOTS = 8
-AHEAD = 2  # encoded studies that wait for a slot
-
-
-@dataclass(frozen=True)
-class Result:
-    """One study's outcome: exactly one of `report` and `error` is set."""
-
-    index: int
-    study: Path
-    report: Report | None = None
-    error: RxEdgeError | None = None
+AHEAD = 2  # studies per worker (or encoded ones, with slots) that are done or begun, unread yet
 
 
 def draft_all(
-    session: Session, studies: Sequence[Path], *, slots: int = SLOTS, ahead: int = AHEAD
+    session: Session,
+    studies: Sequence[Path],
+    *,
+    workers: int = 0,
+    slots: int = 1,
+    ahead: int = AHEAD,
 ) -> Iterator[Result]:
     """Draft every study; results in the order of `studies`.
 
     Args:
-        slots: drafts that grow together; a backend that decodes one at a time has one.
-        ahead: most encoded studies that wait.
+        workers: studies drafted at the same time; 0 = one per core where everything runs on the
+            CPU and the weights are shared, else 1.
+        slots: more than 1 = drafts that share passes instead, in one worker.
+        ahead: studies per worker that may be done or begun before they are asked for.
 
     Raises:
-        BackendError: the engine itself failed, not one study.
+        BackendError: an engine cannot be opened for a worker, or has no slots.
     """
+    if slots > 1:
+        yield from _in_order(worklist_slots.drafts(session, studies, slots=slots, ahead=ahead))
+        return
+    count = min(workers or _workers(session), max(1, len(studies)))
     with ExitStack() as stack:
-        language = stack.enter_context(_slots(session, slots))
-        waiting = stack.enter_context(_Encoder(session, studies, ahead))
-        results: dict[int, Result] = {}
-        following = 0
-        for result in _Slots(session, language).run(waiting):
-            results[result.index] = result
-            while following in results:
-                yield results.pop(following)
-                following += 1
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    index: int
-    path: Path
-    study: Study
-    soft_prompt: SoftPrompt
-
-
-class _Encoder:
-    """A thread that reads, prepares and encodes studies ahead of their decoding."""
-
-    def __init__(self, session: Session, studies: Sequence[Path], ahead: int) -> None:
-        self._session, self._studies = session, studies
-        self._queue: queue.Queue[_Encoded | Result | BaseException | None] = queue.Queue(ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rx-edge-encoder", daemon=True)
-
-    def next(self, *, block: bool) -> _Encoded | Result | None:
-        """The next study, or its failure; None when there is none (yet, unless `block`).
-
-        Raises:
-            BaseException: what ended the thread.
-        """
-        try:
-            found = self._queue.get(block=block)
-        except queue.Empty:
-            return None
-        if found is None:
-            self._queue.put(None)  # for whoever asks again
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def __enter__(self) -> _Encoder:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        while self._thread.is_alive():  # it may wait for room in the queue
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-    def _run(self) -> None:
-        try:
-            for index, path in enumerate(self._studies):
-                if self._stop.is_set():
-                    return
-                self._queue.put(self._encode(index, path))
-        except BaseException as error:
-            self._queue.put(error)
+        free: queue.SimpleQueue[Session] = queue.SimpleQueue()
+        if count == 1:
+            free.put(session)
         else:
-            self._queue.put(None)
+            for _ in range(count):
+                free.put(stack.enter_context(_worker(session, count)))
+        pool = stack.enter_context(ThreadPoolExecutor(count, "rx-edge-worker"))
+        begun: deque[Future[Result]] = deque()
+        stack.callback(lambda: [future.cancel() for future in begun])
+        for index, study in enumerate(studies):
+            begun.append(pool.submit(_draft, free, index, study))
+            if len(begun) >= count * ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
-    def _encode(self, index: int, path: Path) -> _Encoded | Result:
+
+def _draft(free: queue.SimpleQueue[Session], index: int, study: Path) -> Result:
+    session = free.get()
+    try:
+        return Result(index, study, report=_to_end(session, study))
+    except RxEdgeError as error:
+        return Result(index, study, error=error)
+    finally:
+        free.put(session)
+
+
+def _to_end(session: Session, study: Path) -> Report:
+    chunks = draft(session, study)
+    while True:
         try:
-            study, pixels = open_study(self._session, path)
-            return _Encoded(index, path, study, encode(self._session, pixels, study.timings))
-        except RxEdgeError as error:
-            return Result(index, path, error=error)
+            next(chunks)
+        except StopIteration as end:
+            report: Report = end.value
+            return report
 
 
-class _Slots:
-    """Drafts that grow side by side."""
-
-    def __init__(self, session: Session, language: Any) -> None:
-        self._session, self._language = session, language
-        self._start = np.asarray(session.prompt.before, np.int32)
-        self._growing: dict[int, tuple[_Encoded, Draft, float]] = {}
-
-    def run(self, waiting: _Encoder) -> Iterator[Result]:
-        """Every study's result, as it comes."""
-        while True:
-            yield from self._fill(waiting)
-            if not self._growing:
-                return
-            yield from self._pass()
-
-    def _fill(self, waiting: _Encoder) -> Iterator[Result]:
-        """Give free slots to studies that wait; wait for one only where nothing grows."""
-        while len(self._growing) < self._language.slots:
-            found = waiting.next(block=not self._growing)
-            if found is None:
-                return
-            if isinstance(found, Result):
-                yield found
-                continue
-            slot = next(s for s in range(self._language.slots) if s not in self._growing)
-            try:
-                self._begin(slot, found)
-            except RxEdgeError as error:
-                yield Result(found.index, found.path, error=error)
-                continue
-            yield from self._finished([slot])
-
-    def _begin(self, slot: int, found: _Encoded) -> None:
-        timings, started = found.study.timings, time.perf_counter()
-        _, image_slot, after = layout(self._session.prompt, found.soft_prompt)
-        logits = self._language.begin(slot, self._start, [image_slot, after])
-        timings.prefill = time.perf_counter() - started
-        timings.time_to_first_token = time.perf_counter() - found.study.started
-        timings.prompt_tokens = len(self._start) + len(image_slot) + len(after)
-        draft = new_draft(self._session, timings, None)
-        draft.take(logits[None])
-        self._growing[slot] = found, draft, time.perf_counter()
-
-    def _pass(self) -> Iterator[Result]:
-        """One pass over every draft."""
-        feeds = [(slot, draft.feed()) for slot, (_, draft, _) in self._growing.items()]
-        for (slot, _), rows in zip(feeds, self._language.step(feeds), strict=True):
-            found, draft, _ = self._growing[slot]
-            if isinstance(rows, RxEdgeError):
-                del self._growing[slot]
-                yield Result(found.index, found.path, error=rows)
-            else:
-                draft.take(rows)
-        yield from self._finished([slot for slot, _ in feeds if slot in self._growing])
-
-    def _finished(self, slots: Sequence[int]) -> Iterator[Result]:
-        for slot in slots:
-            found, draft, started = self._growing[slot]
-            if draft.finish:
-                del self._growing[slot]
-                found.study.timings.decode = time.perf_counter() - started
-                text = text_of(self._session, draft.ids)
-                written = report(self._session, found.study, draft, text)
-                yield Result(found.index, found.path, report=written)
+def _workers(session: Session) -> int:
+    on_cpu = session.vision.device == session.language.device == "cpu"
+    mapped = getattr(registry.load(session.artifact.format), "SHARES_WEIGHTS", False)
+    return physical_cores() if on_cpu and mapped else 1
 
 
-def _slots(session: Session, slots: int) -> Any:
-    """The language model with several slots, or as the one slot that it is."""
-    parallel = getattr(session.language, "parallel", None)
-    return parallel(slots) if parallel and slots > 1 else _OneSlot(session.language)
+def _worker(session: Session, workers: int) -> Session:
+    """The same bundle, artefacts and settings, on a share of the cores."""
+    cores = session.generate.threads or physical_cores()
+    return open_checked(
+        session.bundle,
+        vision=session.vision_artifact,
+        language=session.artifact,
+        max_new_tokens=session.generate.max_new_tokens,
+        threads=max(1, cores // workers),
+        runtime=session.runtime,
+    )
 
 
-class _OneSlot:
-    """A backend that decodes one sequence, seen as slots."""
-
-    slots = 1
-
-    def __init__(self, language: LanguageBackend) -> None:
-        self._language = language
-
-    def begin(self, _: int, start: IntArray, segments: Sequence[Segment]) -> FloatArray:
-        if not self._language.reuse(start) and len(start):
-            self._language.prefill([start])
-        return self._language.prefill(segments)
-
-    def step(self, feeds: Sequence[tuple[int, IntArray]]) -> list[Logits]:
-        return [self._language.step(ids) for _, ids in feeds]
-
-    def __enter__(self) -> _OneSlot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The session owns it."""
+def _in_order(found: Iterator[Result]) -> Iterator[Result]:
+    results: dict[int, Result] = {}
+    following = 0
+    for result in found:
+        results[result.index] = result
+        while following in results:
+            yield results.pop(following)
+            following += 1

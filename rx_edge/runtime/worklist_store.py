@@ -19,7 +19,7 @@ from typing import Any
 from rx_edge.atomic import replacing
 from rx_edge.errors import InputError, UsageError
 from rx_edge.runtime.session import Session
-from rx_edge.runtime.worklist import Result
+from rx_edge.types import Result
 
 INDEX = "worklist.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 from rx_edge.backends import llm_gguf
 from rx_edge.backends.gguf_batch import SIZE
 from rx_edge.cli import app
+from rx_edge.config import RuntimeConfig
 from rx_edge.errors import BackendError
+from rx_edge.runtime import worklist
 from rx_edge.runtime.session import open_session
 from rx_edge.runtime.worklist import draft_all
 from rx_edge_bench.latency import run_to_end
@@ -34,13 +37,14 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize("slots", [1, 3, 8])
+@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (2, 1), (3, 1), (1, 3), (1, 8)])
 def test_texts_are_those_of_one_study_at_a_time(
-    tiny_bundle: Path, studies: list[Path], slots: int
+    tiny_bundle: Path, studies: list[Path], workers: int, slots: int
 ) -> None:
-    with open_session(tiny_bundle, language="F16", max_new_tokens=24) as session:
+    plain = RuntimeConfig(drafts=False)
+    with open_session(tiny_bundle, language="F16", max_new_tokens=24, runtime=plain) as session:
         alone = [run_to_end(session, study) for study in studies]
-        together = list(draft_all(session, studies, slots=slots))
+        together = list(draft_all(session, studies, workers=workers, slots=slots))
     assert [r.index for r in together] == list(range(len(studies)))
     for one, other in zip(alone, together, strict=True):
         assert other.report is not None
@@ -51,23 +55,49 @@ def test_texts_are_those_of_one_study_at_a_time(
         assert other.report.timings.decode_passes == len(one.token_ids) - (one.finish != "end")
 
 
-def test_a_failed_study_stops_none(tiny_bundle: Path, studies: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "slots"), [(2, 1), (1, 2)])
+def test_a_failed_study_stops_none(
+    tiny_bundle: Path, studies: list[Path], tmp_path: Path, workers: int, slots: int
+) -> None:
     broken = tmp_path / "broken.dcm"
     broken.write_bytes(studies[0].read_bytes()[:2000])
     order = [studies[0], broken, studies[1], tmp_path / "missing.dcm", studies[2]]
     with open_session(tiny_bundle, max_new_tokens=8) as session:
-        results = list(draft_all(session, order, slots=2))
+        results = list(draft_all(session, order, workers=workers, slots=slots))
     assert [r.study for r in results] == order
     assert [r.error is not None for r in results] == [False, True, False, True, False]
 
 
-def test_stopping_early_leaves_no_thread(tiny_bundle: Path, studies: list[Path]) -> None:
+@pytest.mark.parametrize(("workers", "slots"), [(2, 1), (1, 2)])
+def test_stopping_early_leaves_no_thread(
+    tiny_bundle: Path, studies: list[Path], workers: int, slots: int
+) -> None:
     with open_session(tiny_bundle, max_new_tokens=8) as session:
-        results = draft_all(session, studies * 3, slots=2, ahead=1)
+        results = draft_all(session, studies * 3, workers=workers, slots=slots, ahead=1)
         next(results)
         results.close()  # type: ignore[attr-defined]
-        assert "rx-edge-encoder" not in {t.name for t in threading.enumerate()}
+        names = [t.name for t in threading.enumerate()]
+        assert not [name for name in names if name.startswith("rx-edge-")]
         assert run_to_end(session, studies[0]).token_ids  # the session stays usable
+
+
+def test_workers_share_the_cores(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One per core where the weights are shared; a backend that would load them again has one."""
+    monkeypatch.setattr(worklist, "physical_cores", lambda: 6)
+    with open_session(tiny_bundle) as session:
+        assert worklist._workers(session) == 6
+        with worklist._worker(session, 3) as worker:
+            assert worker.generate == replace(session.generate, threads=2)
+            assert worker.artifact == session.artifact
+        monkeypatch.delattr(llm_gguf, "SHARES_WEIGHTS")
+        assert worklist._workers(session) == 1
+
+
+def test_a_backend_without_slots_is_refused(tiny_bundle: Path, studies: list[Path]) -> None:
+    with open_session(tiny_bundle) as session:
+        one_sequence: Any = object()
+        with pytest.raises(BackendError, match="leave slots"):
+            list(draft_all(replace(session, language=one_sequence), studies, slots=2))
 
 
 def test_slots_are_independent(tiny_bundle: Path) -> None:
