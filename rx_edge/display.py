@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rx_edge.bundle import Verdict
 
 if TYPE_CHECKING:
+    from rx_edge.runtime.doctor import Finding
     from rx_edge.runtime.tuning import Profile
     from rx_edge_export.plan import Plan
 
@@ -39,6 +41,16 @@ def timings_table(timings: dict[str, Any]) -> Any:
     }
     for stage in ("read", "prepare", "vision", "prefill", "decode", "time_to_first_token", "total"):
         table.add_row(stage, f"{timings[stage] * 1e3:.1f}", work.get(stage, ""))
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Any:
+    """One row per thing that `rx-edge doctor` looked at."""
+    from rich.table import Table
+
+    table = Table("what", "", "found")
+    for finding in findings:
+        table.add_row(finding.subject, finding.status, finding.detail)
     return table
 
 

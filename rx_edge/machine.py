@@ -41,3 +41,16 @@ def physical_cores() -> int:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(cpu))
     return len(cores)
+
+
+def memory_free() -> int:
+    """Bytes of memory that can be had without swapping; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kilobytes = next(int(row.split()[1]) for row in lines if row.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        try:
+            return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        except (ValueError, OSError, AttributeError):
+            return 0
+    return kilobytes * 1024

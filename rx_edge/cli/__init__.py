@@ -17,6 +17,7 @@ from rx_edge.cli import (
     benching,
     data,
     demonstration,
+    doctor,
     evaluating,
     exporting,
     models,
@@ -54,6 +55,7 @@ _study.command("cold-start")(studies.cold_start)
 _study.command("attention")(studies.attention)
 _study.command("worklist")(studies.worklist)
 _study.command("gate-honesty")(studies.gate_honesty)
+_study.command("labels")(studies.labels)
 _bench = typer.Typer(
     cls=benching.BenchGroup,
     help="Time a bundle (`bench BUNDLE` is `bench run BUNDLE`), compare, gate a change.",
@@ -82,6 +84,7 @@ app.command()(running.report)
 app.command()(worklist.worklist)
 app.command()(running.prepare)
 app.command()(running.tune)
+app.command()(doctor.doctor)
 app.command()(demonstration.demo)
 
 
