@@ -226,6 +226,17 @@ def worklist(
     _deliver(result, out)
 
 
+def labels(
+    reading: Annotated[Path, typer.Argument(help="labels read from reports: labels-iu100.json")],
+    out: JsonFile = None,
+) -> None:
+    """The rule labels beside a reading of IU X-ray reports (`models fetch iu-reports`)."""
+    from rx_edge.model.catalogue import fetched_dir
+    from rx_edge_bench.label_agreement import measure
+
+    _deliver(measure(reading, fetched_dir("iu-reports")), out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)

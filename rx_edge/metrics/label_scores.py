@@ -15,6 +15,7 @@ A finding that no text mentions has no F1 and is left out of macro averages; its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias, get_args
 
 import numpy as np
@@ -49,18 +50,30 @@ _F1 = np.array([[2.0, 2.0], [0.0, 1.0], [0.0, 1.0]])  # TP, FP, FN -> 2 TP, 2 TP
 
 
 def labels(text: str) -> dict[str, str]:
-    """Finding -> "present", "uncertain" or "absent"; the first of these wins within a report."""
+    """Finding -> "present", "uncertain" or "absent"; the first of these wins within a report.
+
+    "No Finding" is a label of the whole report: no other finding, devices aside, is in the way.
+    """
     order = ("absent", "uncertain", "present")
     found: dict[str, str] = {}
     for fact in facts(text):
         before = found.get(fact.finding, "absent")
         found[fact.finding] = max(before, fact.status, key=order.index)
+    others = (status for f, status in found.items() if f not in ("No Finding", "Support Devices"))
+    if any(status != "absent" for status in others):
+        found.pop("No Finding", None)
     return found
 
 
 def label_sums(reference: str, draft: str, policy: Policy = DEFAULT_POLICY) -> list[float]:
+    """`status_sums` of two texts."""
+    return status_sums(labels(reference), labels(draft), policy)
+
+
+def status_sums(
+    wanted: Mapping[str, str], found: Mapping[str, str], policy: Policy = DEFAULT_POLICY
+) -> list[float]:
     """TP, FP and FN of each of the 14 findings, 42 numbers in the order of `FINDINGS`."""
-    wanted, found = labels(reference), labels(draft)
     out: list[float] = []
     for finding in FINDINGS:
         pair = wanted.get(finding, "absent"), found.get(finding, "absent")

@@ -33,13 +33,14 @@ _MENTIONS = {
     r"[\w ]{0,20} mediastin\w+"
     r"|mediastin\w+[\w ]{0,12} (?:widen|enlarge)\w+",
     "Cardiomegaly": r"cardiomegaly|enlarge\w* (?:of the )?(?:cardiac|heart)"
-    r"|(?:heart|cardiac silhouette)[\w ]{0,24} enlarged",
+    r"|(?:heart|cardiac silhouette)[\w ]{0,24} (?:enlarged|borderline)"
+    r"|borderline (?:heart|cardiac)",
     "Lung Opacity": r"opaci\w+|infiltrat\w+|airspace disease|air ?space process|reticul\w+"
     r"|interstitial (?:markings|changes|disease|thickening)|ground.?glass|scar(?:s|ring)?\b",
-    "Lung Lesion": r"nodul\w+|\bmass(?:es)?\b|granuloma\w*|lesions?\b|tumou?r\w*|cavit\w+",
+    "Lung Lesion": r"nodul\w+|\bmass(?:es)?\b|lesions?\b|tumou?r\w*|cavit\w+",
     "Edema": r"(?:o?edema)\b|vascular congestion|fluid overload|heart failure",
     "Consolidation": r"consolidat\w+",
-    "Pneumonia": r"pneumonia\b|pneumonic|bronchopneumonia|infecti\w+",
+    "Pneumonia": r"pneumonia\b|pneumonic|bronchopneumonia|(?<!granulomatous )infecti\w+",
     "Atelectasis": r"atelecta\w+|volume loss|collaps\w+",
     "Pneumothorax": r"pneumothora\w+",
     "Pleural Effusion": r"(?:effusion)s?\b|pleural fluid|hydrothorax"
@@ -49,18 +50,23 @@ _MENTIONS = {
     "Support Devices": r"\b(?:tubes?|catheters?|lines?|picc|pacemaker|pacers?|stents?|clips"
     r"|wires?|leads|drains?|port-?a-?cath|valves?|prosthe\w+|devices?)\b",
 }
-_NO_FINDING = r"no (?:acute|active) (?:\w+ ){0,2}(?:disease|process|abnormalit\w+|finding\w*)" \
-    r"|normal (?:chest|study|examination|findings)|lungs? (?:are|is) clear|clear lungs"  # fmt: skip
-_NORMAL = {  # a normal organ is the absence of its finding
-    "Cardiomegaly": r"(?:heart|cardiac|cardiomediastinal)[\w ,]{0,40} (?:normal|unremarkable)"
+_NO_FINDING = (
+    r"\b(?:no|negative for|without)(?: (?:\w+ )?evidence (?:of|for))? (?:acute|active) "
+    r"(?!(?:bony|bone|osseous|skeletal)\b)(?:\w+ ){0,2}"
+    r"(?:disease|process|abnormalit\w+|findings?|changes?)"
+    r"|normal (?:chest|study|examination|findings)|lungs? (?:are|is) clear|clear lungs"
+)
+_NORMAL = {  # a normal organ is the absence of its finding, unless the sentence also names that
+    "Cardiomegaly": r"(?:heart|cardiac|cardiomediastinal)[\w ,]{0,60} (?:normal|unremarkable)"
     r"|normal (?:heart|cardiac)|normal in size",
     "Lung Opacity": r"lungs?[\w ,]{0,20} clear|clear lungs",
-    "Enlarged Cardiomediastinum": r"mediastin\w+[\w ,]{0,30} (?:normal|unremarkable)",
+    "Enlarged Cardiomediastinum": r"mediastin\w+[\w ,]{0,60} (?:normal|unremarkable)"
+    r"|normal [\w ]{0,24}mediastin",
     "Pleural Effusion": r"costophrenic[\w ]{0,12} (?:clear|sharp)",
 }
 _NEGATION = re.compile(
     r"\b(?:no|not|without|negative for|free of|absen(?:t|ce)|clear of|denies|resolved|never"
-    r"|rather than|nor|neither)\b",
+    r"|rather than|nor|neither)\b(?! (?:(?:significant(?:ly)?|interval|appreciable) )*change)",
     re.IGNORECASE,
 )
 _NEGATION_AFTER = re.compile(
@@ -70,7 +76,15 @@ _NEGATION_AFTER = re.compile(
 _UNCERTAIN = re.compile(
     r"\b(?:may|might|could|possibl[ey]|probabl[ey]|likely|suspect\w*|suspicious|suggest\w*"
     r"|questionable|cannot (?:be )?(?:exclude|rule)\w*|not excluded|versus|vs|concerning"
-    r"|worrisome|equivocal|unclear|perhaps)\b",
+    r"|worrisome|equivocal|unclear|perhaps|borderline)\b",
+    re.IGNORECASE,
+)
+# where a report goes on to what a sign means: the doubt is about that, not about the sign
+_EXPLAINED = ("Lung Opacity", "Lung Lesion", "Consolidation")
+_EXPLANATION = re.compile(
+    r"\b(?:(?:may|might|could|possibly|probably|likely) (?:represent|reflect|indicate|be (?:due|"
+    r"secondary|related)|due|secondary|related)|suggest(?:s|ing|ive)"
+    r"|(?:suspicious|concerning|worrisome) for)",
     re.IGNORECASE,
 )
 # where a negation stops: "no effusion but a large mass"
@@ -95,21 +109,23 @@ def _sentence_facts(sentence: str) -> set[Fact]:
     found: set[Fact] = set()
     if re.search(_NO_FINDING, sentence, re.IGNORECASE):
         found.add(Fact("No Finding", "present", ""))
-    for finding, pattern in _NORMAL.items():
-        if re.search(pattern, sentence, re.IGNORECASE):
-            found.add(Fact(finding, "absent", ""))
     for finding, pattern in _MENTIONS.items():
         for match in re.finditer(pattern, sentence, re.IGNORECASE):
-            status = _status(sentence, match.start(), match.end())
+            status = _status(finding, sentence, match.start(), match.end())
             side: Side = "" if status == "absent" else _side(sentence, match.start())
             found.add(Fact(finding, status, side))
+    named = {fact.finding for fact in found}
+    for finding, pattern in _NORMAL.items():
+        if finding not in named and re.search(pattern, sentence, re.IGNORECASE):
+            found.add(Fact(finding, "absent", ""))
     return found
 
 
-def _status(sentence: str, start: int, end: int) -> Status:
+def _status(finding: str, sentence: str, start: int, end: int) -> Status:
     before = sentence[:start]
     turns = list(_TURN.finditer(before))
-    clause = before[turns[-1].end() :] if turns else before
+    # with the mention: "the heart is not enlarged"
+    clause = sentence[turns[-1].end() if turns else 0 : end]
     turn_after = _TURN.search(sentence, end)
     after = sentence[end : turn_after.start() if turn_after else len(sentence)]
     if re.search(r"cannot|not excluded", clause + after, re.IGNORECASE):
@@ -118,6 +134,8 @@ def _status(sentence: str, start: int, end: int) -> Status:
         return "absent"
     if turns and re.match(r"with$", turns[-1].group(), re.I) and before.lower().endswith("no "):
         return "absent"
+    if finding in _EXPLAINED:
+        after = _EXPLANATION.split(after, maxsplit=1)[0]
     return "uncertain" if _UNCERTAIN.search(clause) or _UNCERTAIN.search(after) else "present"
 
 

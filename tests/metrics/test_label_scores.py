@@ -76,6 +76,19 @@ def test_present_wins_within_a_report() -> None:
     assert labels("A left effusion. No right effusion.")["Pleural Effusion"] == "present"
 
 
+@pytest.mark.parametrize(
+    ("text", "clear"),
+    [
+        ("No effusion. No acute disease.", True),
+        ("A pacemaker. No acute disease.", True),
+        ("Cardiomegaly. No acute disease.", False),
+        ("Possible nodule. No acute disease.", False),
+    ],
+)
+def test_no_finding_is_a_label_of_the_whole_report(text: str, clear: bool) -> None:
+    assert ("No Finding" in labels(text)) is clear
+
+
 def test_the_findings_are_those_of_the_rules() -> None:
     assert set(FINDINGS) == {*_MENTIONS, "No Finding"}
     assert len(FINDINGS) == 14

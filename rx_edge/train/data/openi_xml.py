@@ -61,12 +61,13 @@ def _study(file: Path, splits: Mapping[str, str], folder: Path | None) -> Study:
         id=name,
         patient=name,
         split=splits.get(name),
-        findings=_section(root, "FINDINGS"),
-        impression=_section(root, "IMPRESSION"),
+        findings=section(root, "FINDINGS"),
+        impression=section(root, "IMPRESSION"),
         pictures=pictures,
     )
 
 
-def _section(root: ET.Element, label: str) -> str:
+def section(root: ET.Element, label: str) -> str:
+    """The text of a section ("FINDINGS", "IMPRESSION") as the file has it, with redactions."""
     found = (e.text or "" for e in root.iter("AbstractText") if e.get("Label") == label)
     return " ".join(found).strip()
