@@ -32,16 +32,17 @@ def replacing(out: Path) -> Iterator[Path]:
     try:
         yield part
         part.chmod(0o644)  # mkstemp makes it private; a bundle is meant to be read
-        _fsync(part)
+        fsync(part)
         part.replace(out)
-        _fsync(out.parent)  # the rename itself survives a power cut
+        fsync(out.parent)  # the rename itself survives a power cut
     except OSError as error:
         raise ExportError(f"{str(out)!r} cannot be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

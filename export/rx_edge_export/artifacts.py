@@ -188,7 +188,9 @@ def vision(shop: Workshop, targets: Sequence[Target], pairing: str) -> tuple[Art
 
     def make_source() -> dict[str, Any]:
         size = shop.model.recipe.image.size
-        return vision_onnx.write(shop.model.encoder, source, image_size=size, pairing=pairing)
+        return vision_onnx.write(
+            shop.model.merged_encoder, source, image_size=size, pairing=pairing
+        )
 
     files = {"vision.onnx": shop.steps.run("vision to onnx:fp32", lambda: [source], make_source)}
     made = []

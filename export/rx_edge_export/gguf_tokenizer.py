@@ -24,8 +24,8 @@ from typing import Any
 import gguf
 from tokenizers import Tokenizer
 
-from rx_edge.errors import ExportError
-from rx_edge_export import gguf_sentencepiece
+from rx_edge.errors import ExportError, ModelError
+from rx_edge.model import sentencepiece_check
 
 SENTENCEPIECE = "sentencepiece"  # returned in place of a pre-tokenizer's name
 
@@ -160,8 +160,10 @@ def _tokens(spec: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]
 def _add_sentencepiece(writer: Any, spec: dict[str, Any], model_dir: Path, vocab: int) -> str:
     """A SentencePiece BPE: pieces and scores; the rank of a merge is the score of its result."""
     prefix = _space_prefix(spec)
-    if (model_dir / "tokenizer.model").is_file():
-        gguf_sentencepiece.compare(model_dir)
+    try:
+        sentencepiece_check.check(model_dir)
+    except ModelError as error:
+        raise ExportError(str(error)) from error
     tokens, types = _tokens(spec, vocab)
     scores = [0.0] * vocab
     ids: dict[str, int] = spec["model"]["vocab"]

@@ -2,8 +2,10 @@
 
 Merging happens in float32 and before any quantisation: an adapter merged into quantised weights
 loses its small updates. The base checkpoint is read one tensor at a time and the result written in
-shards, so that memory does not grow with the model. The arithmetic, W + alpha / r * B A, is our
-own on purpose: the comparison with peft's unmerged forward pass is then between two codes.
+shards, so that memory does not grow with the model; a language model that was trained itself is
+taken from memory instead, so that its base cannot be shipped by mistake. The arithmetic,
+W + alpha / r * B A, is our own on purpose: the comparison with peft's unmerged forward pass is then
+between two codes.
 
 Does not cover: writing a deployed format.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,8 @@ from safetensors.torch import save_file
 from rx_edge.bundle import StageResult
 from rx_edge.config import LoraSettings
 from rx_edge.errors import ExportError
-from rx_edge.model.report_model import ReportModel, adapter_state
+from rx_edge.model.parts import trained_parts
+from rx_edge.model.report_model import ReportModel, adapter_state, part_state
 from rx_edge_export import tolerances
 from rx_edge_export.llm_gguf import locate_tensors
 from rx_edge_export.reference import Canary
@@ -56,18 +59,26 @@ def merge(model: ReportModel, out: Path, canaries: Sequence[Canary]) -> list[Sta
             shutil.copyfile(base / name, out / name)
     if not (out / "tokenizer.json").is_file():
         raise ExportError(f"{str(base)!r} has no tokenizer.json to ship")
-    write(base, adapter_state(model.lm), model.recipe.lora, out)
+    trained = None
+    if "language" in trained_parts(model.recipe):
+        trained = part_state(model, "language").items()
+    write(base, adapter_state(model.lm), model.recipe.lora, out, trained)
     _load_into(lm, out)
     return [_compare(model, canary) for canary in canaries]
 
 
 def write(
-    base: Path, adapter: Mapping[str, torch.Tensor], settings: LoraSettings, out: Path
+    base: Path,
+    adapter: Mapping[str, torch.Tensor],
+    settings: LoraSettings,
+    out: Path,
+    trained: Iterable[tuple[str, torch.Tensor]] | None = None,
 ) -> None:
     """Write the merged weights of `base` into the directory `out`, in float32 shards.
 
     Args:
         adapter: peft's tensors by the names that it saves them by.
+        trained: names and float32 values of all weights, instead of those in `base`.
 
     Raises:
         ExportError: an adapter tensor belongs to no weight of the base, or does not fit it.
@@ -77,7 +88,7 @@ def write(
     shards: list[dict[str, torch.Tensor]] = [{}]
     names: list[list[str]] = []
     size = total = 0
-    for name, weight in _tensors(base):
+    for name, weight in _tensors(base) if trained is None else trained:
         weight = weight + _update(name, weight, adapter, settings, left, transposed)
         if size and size + weight.nbytes > SHARD:
             names.append(_save(shards.pop(), out, len(names)))

@@ -164,6 +164,11 @@ def _check_tower(vision: Any, config: Any, image: ImageRecipe) -> None:
             f"the vision tower is a {family!r}, but the mmproj type 'internvl' covers "
             f"{' and '.join(map(repr, _FAMILIES))} ({why}); use a {near!r} tower"
         )
+    if vision.layer != -1:
+        raise ExportError(
+            f"the model takes layer {vision.layer} of the vision tower, without the final layer "
+            "norm that the mmproj type 'internvl' always computes; train with vision_layer = -1"
+        )
     if getattr(config, "use_swiglu_ffn", False):
         raise ExportError(
             "the vision tower has a SwiGLU MLP, which the mmproj type 'internvl' does not compute; "
@@ -196,8 +201,9 @@ def _check_tower(vision: Any, config: Any, image: ImageRecipe) -> None:
 def _check_projector(projector: Any, vision: Any) -> None:
     if not projector.shuffle:
         raise ExportError(
-            "the model's pooling is 'none', but the mmproj type 'internvl' always joins 2x2 "
-            'patches; train with pooling = "pixel-shuffle-2x2", or export without the mmproj'
+            f"the model's pooling is {projector.pooling!r}, but the mmproj type 'internvl' always "
+            'joins 2x2 patches; train with pooling = "pixel-shuffle-2x2", or export without the '
+            "mmproj"
         )
     kinds = [type(layer) for layer in projector.net]
     if kinds != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:

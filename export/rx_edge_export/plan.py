@@ -10,7 +10,7 @@ Does not cover: the export itself. Times are rough (`SECONDS_PER_GB`), sizes are
 from __future__ import annotations
 
 import dataclasses
-import os
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ from safetensors import safe_open
 from rx_edge.bundle import DRAFTS
 from rx_edge.config import ExportConfig, TrainRecipe, load_toml
 from rx_edge.errors import ModelError, UsageError
+from rx_edge.machine import memory_free
 from rx_edge.model.catalogue import locate
+from rx_edge.model.parts import PARTS, trained_parts
 from rx_edge_export import draft_corpus, gguf_architectures, targets
 from rx_edge_export.draft_corpus import DraftCorpus
 from rx_edge_export.gguf_architectures import Architecture, Tensor
@@ -118,7 +120,7 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
     architecture = gguf_architectures.read(language / "config.json")
     seen, notes = _vision_weights(run, recipe)
     spoken = sum(_count(t) for t in architecture.tensors)
-    kv = _kv_cache(architecture, config.n_ctx)
+    kv = kv_cache(architecture, config.n_ctx)
     rows = [*_vision_rows(eyes, seen), *_language_rows(mouths, architecture, spoken, kv)]
     if config.stock:
         rows.append(Row("stock mmproj", "mmproj.gguf", 4 * seen, int(4 * seen + 0.2 * GB)))
@@ -137,7 +139,7 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
         export_memory=int(2.2 * floats + WORKING),  # the model, and what a conversion adds
         export_seconds=SECONDS_FIXED + SECONDS_PER_GB * floats / GB * (1 + len(files) / 4),
         disk_free=shutil.disk_usage(_existing(where)).free,
-        memory_free=_memory_free(),
+        memory_free=memory_free(),
         notes=tuple(notes),
     )
 
@@ -150,9 +152,16 @@ def recipe_of(run: Path) -> TrainRecipe:
         ConfigError: its recipe.toml is wrong.
     """
     for needed in ("recipe.toml", "final/projector.safetensors"):
-        if not (run / needed).is_file():
-            raise ModelError(f"{str(run)!r} is not a finished training run: {needed} is missing")
-    return load_toml(run / "recipe.toml", TrainRecipe)
+        _require(run, needed)
+    recipe = load_toml(run / "recipe.toml", TrainRecipe)
+    for part in trained_parts(recipe):
+        _require(run, f"final/{PARTS[part]}")
+    return recipe
+
+
+def _require(run: Path, file: str) -> None:
+    if not (run / file).is_file():
+        raise ModelError(f"{str(run)!r} is not a finished training run: {file} is missing")
 
 
 def refuse_unfit(plan: Plan, memory_gb: float = 0.0) -> None:
@@ -204,8 +213,7 @@ def _language_rows(
         "embedding_length"])  # fmt: skip
     for target in mouths:
         if target.format == "llm_gguf":
-            disk = sum(_gguf_bytes(t, target.precision, architecture) for t in architecture.tensors)
-            disk += 40 * architecture.vocab  # tokenizer and names
+            disk = language_bytes(architecture, target.precision)
             memory = disk + kv + buffers
         else:
             table = architecture.vocab * architecture.numbers["embedding_length"]
@@ -215,6 +223,12 @@ def _language_rows(
             disk += int(table * (4 if target.precision == "fp32" else 2))
             memory = int(disk * 1.3) + 2 * kv + buffers
         yield Row(f"llm {target.name}", target.file, int(disk), int(memory))
+
+
+def language_bytes(architecture: Architecture, precision: str) -> int:
+    """Predicted size of a GGUF file."""
+    weights = sum(_gguf_bytes(t, precision, architecture) for t in architecture.tensors)
+    return int(weights) + 40 * architecture.vocab  # tokenizer and names
 
 
 def _gguf_bytes(tensor: Tensor, precision: str, architecture: Architecture) -> float:
@@ -242,7 +256,7 @@ def _bits(kind: str, tensor: Tensor) -> float:
     return _BITS[kind if columns % 32 == 0 else "F16"]
 
 
-def _kv_cache(architecture: Architecture, n_ctx: int) -> int:
+def kv_cache(architecture: Architecture, n_ctx: int) -> int:
     """float16 keys and values of `n_ctx` tokens."""
     numbers = architecture.numbers
     if architecture.name == "gpt2":
@@ -254,26 +268,29 @@ def _kv_cache(architecture: Architecture, n_ctx: int) -> int:
 
 def _vision_weights(run: Path, recipe: TrainRecipe) -> tuple[int, list[str]]:
     """Number of weights of tower and projector, and what could not be counted."""
-    projector = run / "final" / "projector.safetensors"
-    total, notes = _weights_in([projector]), []
+    projector = run / "final" / PARTS["projector"]
+    total, notes = sum(_weights_in([projector]).values()), []
     tower = Path(locate(recipe.model.vision))
     files = sorted(tower.glob("*.safetensors"))
+    if "vision" in trained_parts(recipe):
+        files = [run / "final" / PARTS["vision"]]
     if not files:
         notes.append(f"the size of the vision tower {recipe.model.vision!r} is not known here")
-    return total + _weights_in(files), notes
+    weights = _weights_in(files)
+    # of CLIP and SigLIP with both towers only one is used
+    seen = {k: n for k, n in weights.items() if k.startswith("vision_model.")} or weights
+    return total + sum(seen.values()), notes
 
 
-def _weights_in(files: Sequence[Path]) -> int:
-    total = 0
+def _weights_in(files: Sequence[Path]) -> dict[str, int]:
+    """Number of weights of every tensor."""
+    found = {}
     for file in files:
         with safe_open(file, "np") as tensors:
             names = tensors.keys()  # a list: the handle is no mapping
             for name in names:
-                n = 1
-                for side in tensors.get_slice(name).get_shape():
-                    n *= side
-                total += n
-    return total
+                found[name] = math.prod(tensors.get_slice(name).get_shape())
+    return found
 
 
 def _first(rows: Sequence[Row], half: str) -> int:
@@ -285,16 +302,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _memory_free() -> int:
-    """Bytes of memory that can be had without swapping; 0 where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        kilobytes = next(int(row.split()[1]) for row in lines if row.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        try:
-            return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        except (ValueError, OSError, AttributeError):
-            return 0
-    return kilobytes * 1024

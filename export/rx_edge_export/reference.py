@@ -1,9 +1,9 @@
 """What the trained model (torch, fp32, adapter unmerged) says: golden vectors and drafts.
 
 Each canary is an image file plus `<name>.safetensors`: the image tensor, soft prompt, prefill
-logits with and without the adapter, and the greedy tokens with the margin of each. `verify.py`
-compares a bundle with them on any machine, without torch. Drafts of calibration studies stay on
-the exporting machine: their images may not be passed on.
+logits with and without what training changed in the language model, and the greedy tokens with the
+margin of each. `verify.py` compares a bundle with them on any machine, without torch. Drafts of
+calibration studies stay on the exporting machine: their images may not be passed on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from rx_edge import image
 from rx_edge.errors import UsageError
+from rx_edge.model.language import load_language
+from rx_edge.model.parts import trained_parts
 from rx_edge.model.report_model import ReportModel, greedy_batch
 from rx_edge.radiograph import open_radiograph
 from rx_edge.types import FloatArray, ImageTensor, Radiograph
@@ -65,13 +67,14 @@ def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> lis
     """
     directory = root / "golden"
     directory.mkdir()
+    untrained = _untrained(model)
     canaries = []
     for name, seed, photometric in _PHANTOMS:
         file, pixels = directory / f"{name}.dcm", phantom.display(seed)
         phantom.write_dicom(file, pixels, photometric)
         # from the known display values, not through the DICOM reader that is to be tested
         known = Radiograph(pixels, image.pixel_sha256(pixels))
-        _write(model, file, image.prepare(known, model.recipe.image))
+        _write(model, untrained, file, image.prepare(known, model.recipe.image))
         canaries.append(f"golden/{file.name}")
     for study in extra:
         file = directory / study.name
@@ -79,18 +82,44 @@ def write_canaries(model: ReportModel, root: Path, extra: Sequence[Path]) -> lis
             raise UsageError(f"canary {study.name!r} is named twice")
         shutil.copyfile(study, file)
         radiograph = open_radiograph(file)
-        _write(model, file, image.prepare(radiograph, model.recipe.image))
+        _write(model, untrained, file, image.prepare(radiograph, model.recipe.image))
         canaries.append(f"golden/{file.name}")
     return canaries
 
 
+def _untrained(model: ReportModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Soft prompt (N, D) -> the logits (V,) that the base language model gives for it."""
+    if "language" not in trained_parts(model.recipe):
+
+        def adapter_off(soft: torch.Tensor) -> torch.Tensor:
+            with model.adapter_off():
+                return model.teacher_forced(soft, [])[0]
+
+        return adapter_off
+    base = load_language(model.recipe.model.language)  # `model` holds the trained weights only
+
+    def from_disk(soft: torch.Tensor) -> torch.Tensor:
+        before, after = (
+            base.get_input_embeddings()(torch.tensor(ids, dtype=torch.long))
+            for ids in (model.prompt.before, model.prompt.after)
+        )
+        embeds = torch.cat([before, soft, after])[None]
+        logits: torch.Tensor = base(inputs_embeds=embeds, use_cache=False, logits_to_keep=1).logits
+        return logits[0, -1]
+
+    return from_disk
+
+
 @torch.inference_mode()
-def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> None:
+def _write(
+    model: ReportModel,
+    untrained: Callable[[torch.Tensor], torch.Tensor],
+    file: Path,
+    pixels: ImageTensor,
+) -> None:
     soft = model.encoder(torch.from_numpy(pixels))[0]
     tokens = model.greedy(soft, GREEDY_TOKENS)
     logits = model.teacher_forced(soft, tokens)  # (1 + T, V)
-    with model.adapter_off():
-        base = model.teacher_forced(soft, [])[0]
     # the last row predicts what comes after `tokens`: the end, or a token beyond the limit
     best = logits.topk(2, dim=-1)
     save_file(
@@ -98,7 +127,7 @@ def _write(model: ReportModel, file: Path, pixels: ImageTensor) -> None:
             "pixels": pixels,
             "soft_prompt": soft.numpy().copy(),
             "logits": logits[0].numpy().copy(),
-            "logits_without_adapter": base.numpy().copy(),
+            "logits_without_adapter": untrained(soft).numpy().copy(),
             "tokens": np.asarray(tokens, np.int32),
             "best": best.indices[:, 0].numpy().astype(np.int32),
             "margins": (best.values[:, 0] - best.values[:, 1]).numpy().copy(),

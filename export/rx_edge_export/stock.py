@@ -41,7 +41,7 @@ def mmproj(shop: Workshop, name: str, pairing: str) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         recipe = shop.model.recipe
         return mmproj_gguf.write(
-            shop.model.encoder, recipe.image, recipe.prompt, out, name=name, pairing=pairing
+            shop.model.merged_encoder, recipe.image, recipe.prompt, out, name=name, pairing=pairing
         )
 
     return shop.steps.run("mmproj for stock llama.cpp", lambda: [out], make)

@@ -55,7 +55,9 @@ _study.command("cold-start")(studies.cold_start)
 _study.command("attention")(studies.attention)
 _study.command("worklist")(studies.worklist)
 _study.command("gate-honesty")(studies.gate_honesty)
+_study.command("training")(studies.training)
 _study.command("labels")(studies.labels)
+_study.command("projection")(studies.projection)
 _bench = typer.Typer(
     cls=benching.BenchGroup,
     help="Time a bundle (`bench BUNDLE` is `bench run BUNDLE`), compare, gate a change.",

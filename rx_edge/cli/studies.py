@@ -237,6 +237,41 @@ def labels(
     _deliver(measure(reading, fetched_dir("iu-reports")), out)
 
 
+def projection(
+    tokens_per_pass: Annotated[
+        float, typer.Option("--tokens-per-pass", min=1.0, help="with proposals; 1 = without")
+    ] = 1.0,
+    out: JsonFile = None,
+) -> None:
+    """What 7B would take at best on workstation cards: from bytes and operations, not measured."""
+    require_export()
+    from rx_edge_bench.projection import project
+
+    _deliver(project(tokens_per_pass=tokens_per_pass), out)
+
+
+def training(
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")],
+    stage: Annotated[str, typer.Option("--stage", help="stage with images")] = "stage2",
+    steps: Annotated[int, typer.Option("--steps", min=2, help="of each block")] = 38,
+    pairs: Annotated[int, typer.Option("--pairs", min=1, help="blocks of each side")] = 4,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="override a recipe key: key.sub=value")
+    ] = None,
+    out: JsonFile = None,
+) -> None:
+    """Our training step beside transformers' Trainer + peft: tokens per second, memory, losses."""
+    require_train("accelerate")
+    from rx_edge.config import TrainRecipe, load_toml, override
+    from rx_edge.train.recipes import find
+    from rx_edge_bench.training import measure
+
+    effective = override(load_toml(find(recipe), TrainRecipe), overrides or (), where=recipe)
+    with tempfile.TemporaryDirectory(prefix="rx-edge-training-") as work, progress() as bars:
+        result = measure(effective, stage, Path(work), steps=steps, pairs=pairs, tick=bars)
+    _deliver(result, out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)

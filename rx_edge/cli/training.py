@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from rx_edge.cli.common import progress, require_train, say
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, see rx_edge/train/recipes/")],
+    recipe: Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")],
     out: Annotated[Path, typer.Option("--out", help="run directory")] = Path("runs/run"),
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the last checkpoint")
@@ -21,9 +23,15 @@ def train(
     ] = None,
 ) -> None:
     """Train in stages: soft prompts aligned to a frozen LM, then LoRA."""
-    require_train()
+    from rx_edge.train.recipes import find
+
+    file = find(recipe)
+    require_train("accelerate")
     from rx_edge.train.run import train as run_training
 
-    with progress() as bars:
-        run_training(recipe, out, resume=resume, overrides=overrides or (), progress=bars)
-    say(f"finished: {out}; next: rx-edge export {out} --out BUNDLE")
+    # of several processes (accelerate, torchrun) one speaks
+    speaks = os.environ.get("RANK", "0") == "0"
+    with progress() if speaks else nullcontext(lambda *_: None) as bars:
+        run_training(file, out, resume=resume, overrides=overrides or (), progress=bars)
+    if speaks:
+        say(f"finished: {out}; next: rx-edge export {out} --out BUNDLE")

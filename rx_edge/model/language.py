@@ -13,18 +13,29 @@ from torch import nn
 
 from rx_edge.config import LoraSettings
 from rx_edge.errors import ModelError
+from rx_edge.model import sentencepiece_check
 from rx_edge.model.catalogue import locate
 from rx_edge.model.hub import source, transformers
 
+_DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout")
+
 
 def load_language(name: str) -> Any:
-    """A float32 causal LM in eval mode (transformers `PreTrainedModel`).
+    """A float32 causal LM in eval mode (transformers `PreTrainedModel`), without dropout.
+
+    GPT-2's own 0.1 would also fall on a frozen LM in stage 1, and on soft prompts; what is
+    regularised is the adapter (`LoraSettings.dropout`).
 
     Raises:
         ModelError: weights are missing from the directory.
     """
-    model, info = transformers().AutoModelForCausalLM.from_pretrained(
-        **source(locate(name)), dtype=torch.float32, output_loading_info=True
+    where, hf = source(locate(name)), transformers()
+    config = hf.AutoConfig.from_pretrained(**where)
+    for setting in _DROPOUTS:
+        if hasattr(config, setting):
+            setattr(config, setting, 0.0)
+    model, info = hf.AutoModelForCausalLM.from_pretrained(
+        **where, config=config, dtype=torch.float32, output_loading_info=True
     )
     if info["missing_keys"]:
         raise ModelError(
@@ -37,15 +48,23 @@ def tokenizer_file(name: str) -> Path:
     """The tokenizer.json of the LM `name`.
 
     Raises:
-        ModelError: the directory has none, or `name` is a hub id that is not on disk.
+        ModelError: the directory has none, `name` is a hub id that is not on disk, or a
+            tokenizer.model beside it gives other ids.
     """
     path = Path(locate(name)) / "tokenizer.json"
-    if not path.is_file():
+    if path.is_file():
+        sentencepiece_check.check(path.parent)
+        return path
+    if path.with_name("tokenizer.model").is_file():
         raise ModelError(
-            f"language model {name!r} has no tokenizer.json at {str(path)!r}; "
-            "download the model and register its directory with `rx-edge models add`"
+            f"language model {name!r} has a tokenizer.model and no tokenizer.json in "
+            f"{str(path.parent)!r}; make one with transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
         )
-    return path
+    raise ModelError(
+        f"language model {name!r} has no tokenizer.json at {str(path)!r}; "
+        "download the model and register its directory with `rx-edge models add`"
+    )
 
 
 def with_lora(model: Any, settings: LoraSettings) -> Any:

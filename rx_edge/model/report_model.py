@@ -2,7 +2,8 @@
 
 What is trained is this class, and what is exported is compared with this class: float32, with
 the adapter *not* merged. A finished run is a directory whose `final/` holds `projector.safetensors`
-and `adapter/` (peft's own format); everything else is found again by name.
+and `adapter/` (peft's own format), and `vision.safetensors` or `language.safetensors` where a stage
+trained them; everything else is found again by name.
 
 Does not cover: optimisation (`rx_edge.train`) and any deployed format (`rx_edge_export`).
 """
@@ -21,8 +22,9 @@ from torch import nn
 from rx_edge.config import TrainRecipe, load_toml
 from rx_edge.errors import ModelError
 from rx_edge.model.language import load_language, tokenizer_file, with_lora
+from rx_edge.model.parts import PARTS, trained_parts
 from rx_edge.model.projector import Projector
-from rx_edge.model.vision import load_vision
+from rx_edge.model.vision import add_lora, load_vision, merged
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
 
 IGNORE = -100  # target id of positions that carry no loss
@@ -53,7 +55,9 @@ class ReportModel(nn.Module):
     def __init__(self, recipe: TrainRecipe) -> None:
         super().__init__()
         self.recipe = recipe
-        self.vision = load_vision(recipe.model.vision, recipe.image.size)
+        self.vision = load_vision(recipe.model.vision, recipe.image.size, recipe.model.vision_layer)
+        if "vision_adapter" in trained_parts(recipe):
+            add_lora(self.vision, recipe.lora)
         language = load_language(recipe.model.language)
         self.tokenizer_path = tokenizer_file(recipe.model.language)
         self.tokenizer = load_tokenizer(self.tokenizer_path)
@@ -69,8 +73,13 @@ class ReportModel(nn.Module):
 
     @property
     def encoder(self) -> SoftPromptEncoder:
-        """Vision tower + projector sharing this model's weights."""
+        """Vision tower + projector sharing this model's weights; a vision adapter is not merged."""
         return SoftPromptEncoder(self.vision, self.projector)
+
+    @property
+    def merged_encoder(self) -> SoftPromptEncoder:
+        """What is deployed: `encoder` with its vision adapter, where there is one, merged."""
+        return SoftPromptEncoder(merged(self.vision), self.projector)
 
     def embed(self, ids: list[int] | tuple[int, ...]) -> torch.Tensor:
         """Token ids (T,) -> embeddings (T, D_lm)."""
@@ -172,27 +181,43 @@ def load_run(run: Path) -> ReportModel:
     return model.eval()
 
 
+def part_state(model: ReportModel, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part (a key of `PARTS`) by the names they are saved under.
+
+    They are those of `model`: copying into them changes it. The language model's names are those of
+    its base checkpoint, the adapter's are peft's.
+    """
+    if part == "adapter":
+        return adapter_state(model.lm)
+    if part == "language":
+        return {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter.detach()
+            for name, parameter in model.lm.named_parameters()
+            if ".lora_" not in name
+        }
+    if part == "projector":
+        return dict(model.projector.state_dict())
+    return {
+        name.replace(".default.", ".").replace(".base_layer.", "."): tensor
+        for name, tensor in model.vision.state_dict().items()
+        if (".lora_" in name) == (part == "vision_adapter")
+    }
+
+
 def load_trained(model: ReportModel, final: Path) -> None:
-    """Load projector and adapter strictly; every tensor must be there and be used.
+    """Load all that was trained strictly; every tensor must be there and be used.
 
     Raises:
-        ModelError: missing, unexpected or wrongly shaped tensors.
+        ModelError: missing, unexpected or wrongly shaped tensors, or a file that the recipe does
+            not train.
     """
-    _load_strict(model.projector, load_file(final / "projector.safetensors"), "projector")
-    adapter = load_file(final / "adapter" / "adapter_model.safetensors")
-    expected = adapter_state(model.lm)
-    if adapter.keys() != expected.keys():
-        odd = sorted(adapter.keys() ^ expected.keys())
-        raise ModelError(f"adapter does not fit the recipe: {odd[0]} (and {len(odd) - 1} more)")
-    parameters = dict(model.lm.named_parameters())
-    with torch.no_grad():
-        for key, value in adapter.items():
-            target = parameters[_parameter_name(key)]
-            if target.shape != value.shape:
-                raise ModelError(
-                    f"adapter tensor {key} is {tuple(value.shape)}, not {tuple(target.shape)}"
-                )
-            target.copy_(value)
+    wanted = trained_parts(model.recipe)
+    for part, file in PARTS.items():
+        if (final / file).is_file() != (part in wanted):
+            trained = "is missing" if part in wanted else "is there, but no stage trains it"
+            raise ModelError(f"{part} does not fit the recipe: {str(final / file)!r} {trained}")
+    for part in wanted:
+        _copy_strict(part_state(model, part), load_file(final / PARTS[part]), part)
 
 
 def adapter_state(lm: Any) -> dict[str, torch.Tensor]:
@@ -204,15 +229,20 @@ def adapter_state(lm: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _parameter_name(saved: str) -> str:
-    head, _, tail = saved.rpartition(".")
-    return f"{head}.default.{tail}"
-
-
-def _load_strict(module: nn.Module, state: dict[str, torch.Tensor], what: str) -> None:
-    try:
-        module.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
-    except RuntimeError as error:
+@torch.no_grad()
+def _copy_strict(
+    targets: dict[str, torch.Tensor], state: dict[str, torch.Tensor], what: str
+) -> None:
+    odd = sorted(targets.keys() ^ state.keys())
+    if odd:
         raise ModelError(
-            f"{what} does not fit the recipe: {str(error).splitlines()[-1].strip()}"
-        ) from error
+            f"{what} does not fit the recipe: {odd[0]} is "
+            f"{'missing' if odd[0] in targets else 'not expected'} (and {len(odd) - 1} more)"
+        )
+    for key, value in state.items():
+        if targets[key].shape != value.shape:
+            raise ModelError(
+                f"{what} does not fit the recipe: {key} is {tuple(value.shape)}, "
+                f"not {tuple(targets[key].shape)}"
+            )
+        targets[key].copy_(value)

@@ -1,7 +1,9 @@
-"""Samples to padded embedding batches, with loss on the report's tokens only.
+"""Samples to embedding batches, padded or packed, with loss on the report's tokens only.
 
 The order is a pure function of (seed, stage, epoch), so a resumed run sees the same batches.
-Batches hold samples of similar length, to waste little on padding. Sequence packing comes later.
+Batches hold samples of similar length, so that a padded one wastes little.
+
+Does not cover: attention within a packed row (`packing.py`), how a step is split (`engine.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.prompting import encode
 from rx_edge.train.data import Sample
 from rx_edge.train.data.sentences import split_sentences
-from rx_edge.train.features import FeatureCache
+from rx_edge.train.features import Features
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,27 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded sequences.
+    """Sequences right-padded in rows of their own, or one after the other in a single row.
 
     Attributes:
         embeds: (B, T, D) inputs.
         mask: (B, T) 1 where real.
         targets: (B, T) the id that position t must predict, or IGNORE.
+        lengths: tokens of each sample of a packed row, whose B is 1; None where padded.
     """
 
     embeds: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """(1, T) positions, which start again at 0 with every sample; None where padded."""
+        if self.lengths is None:
+            return None
+        device = self.embeds.device
+        return torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
 
 
 def examples(model: ReportModel, samples: Sequence[Sample], max_tokens: int) -> list[Example]:
@@ -79,42 +91,55 @@ def epoch_order(
     return batches
 
 
+def sequence_length(model: ReportModel, example: Example, soft_tokens: int) -> int:
+    """Tokens that a sample takes in a batch: the last id is only predicted, never fed."""
+    prompt = len(model.prompt.before) + soft_tokens + len(model.prompt.after)
+    return prompt + len(example.ids) - 1
+
+
 def collate(
     model: ReportModel,
     items: Sequence[Example],
-    features: FeatureCache | None,
+    features: Features | None,
     softs: Sequence[torch.Tensor | None] | None = None,
+    *,
+    packed: bool = False,
 ) -> Batch:
     """Build the batch; gradients flow into the projector through the soft prompts.
 
     Args:
-        features: of the items' images; None for text only.
+        features: gives those of the items' images; None for text only.
         softs: soft prompts (N, D) to use instead of those of the items' own images.
+        packed: all items in one row, without padding.
     """
     if softs is None:
         softs = _soft_prompts(model, items, features)
     rows, targets = [], []
     for example, soft in zip(items, softs, strict=True):
         prompt = model.prompt_embeddings(soft)
-        # the last id is only predicted, never fed
         rows.append(torch.cat([prompt, model.embed(example.ids[:-1])]))
         target = torch.full((len(rows[-1]),), IGNORE)
         target[len(prompt) - 1 :] = torch.tensor(example.ids)
         targets.append(target)
+    lengths = tuple(len(row) for row in rows)
+    if packed:
+        rows, targets = [torch.cat(rows)], [torch.cat(targets)]
+    device = rows[0].device
+    mask = [torch.ones(len(r), dtype=torch.long) for r in rows]
+    pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
-        embeds=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        mask=torch.nn.utils.rnn.pad_sequence(
-            [torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True
-        ),
-        targets=torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORE),
+        embeds=pad(rows, batch_first=True),
+        mask=pad(mask, batch_first=True).to(device),
+        targets=pad(targets, batch_first=True, padding_value=IGNORE).to(device),
+        lengths=lengths if packed else None,
     )
 
 
 def _soft_prompts(
-    model: ReportModel, items: Sequence[Example], features: FeatureCache | None
+    model: ReportModel, items: Sequence[Example], features: Features | None
 ) -> list[torch.Tensor | None]:
-    paths = [e.sample.image for e in items]
-    if features is None or paths[0] is None:
+    paths = [e.sample.image for e in items if e.sample.image is not None]
+    if features is None or not paths:
         return [None] * len(items)
-    stacked = torch.stack([features[p] for p in paths if p is not None])
-    return list(model.projector(stacked))
+    device = next(model.projector.parameters()).device
+    return list(model.projector(features(paths).to(device)))

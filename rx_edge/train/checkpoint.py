@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from rx_edge.model.report_model import ReportModel, adapter_state
+from rx_edge.atomic import fsync
+from rx_edge.model.parts import PARTS, trained_parts
+from rx_edge.model.report_model import ReportModel, part_state
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -30,18 +32,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_trained(model: ReportModel, directory: Path, dtype: torch.dtype) -> None:
-    """Write projector and adapter (peft's format) to `directory`, replacing it whole."""
+    """Write what the recipe trains to `directory`, replacing it whole; the adapter is peft's."""
     temporary = directory.with_name(directory.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "adapter").mkdir(parents=True)
-    save_file(_cast(model.projector.state_dict(), dtype), temporary / "projector.safetensors")
-    save_file(
-        _cast(adapter_state(model.lm), dtype),
-        temporary / "adapter" / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    for part in trained_parts(model.recipe):
+        metadata = {"format": "pt"} if part == "adapter" else None  # as peft does
+        save_file(_cast(part_state(model, part), dtype), temporary / PARTS[part], metadata)
     for file in temporary.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes files private; a run is meant to be exported
+        fsync(file)
     config = model.lm.peft_config["default"].to_dict()
     # the machine's cache path is nobody's business, and would differ between machines
     config["base_model_name_or_path"] = model.recipe.model.language
@@ -50,7 +50,11 @@ def save_trained(model: ReportModel, directory: Path, dtype: torch.dtype) -> Non
     write_json(temporary / "adapter" / "adapter_config.json", plain)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+    fsync(directory.parent)
 
 
 def _cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {k: v.detach().to(dtype).contiguous() for k, v in state.items()}
+    return {
+        k: (v.detach().to(dtype) if v.is_floating_point() else v.detach()).contiguous()
+        for k, v in state.items()
+    }

@@ -7,9 +7,11 @@
       features/            cached patch features (may be deleted)
       <stage>/             metrics.jsonl, progress.safetensors while running, trained/ when done
       final/               projector.safetensors + adapter/ : what `rx-edge export` reads
+      tensorboard/         a view of the metrics, where the recipe asks for it
       metrics.json         held-out figures of final/, after rounding to `export_dtype`
 
-A killed run goes on with `--resume` from the last checkpoint, on the same loss curve.
+A killed run goes on with `--resume` from the last checkpoint and ends with the same bits. Of
+several processes only the main one writes; all must see the same directory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,21 @@ from rx_edge.errors import ConfigError, TrainingError, UsageError
 from rx_edge.model.catalogue import locate
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_trained
+from rx_edge.model.vision import check_normalisation
+from rx_edge.optional import require
 from rx_edge.train import data
 from rx_edge.train.batching import Example, examples
 from rx_edge.train.checkpoint import save_trained, write_json
 from rx_edge.train.data.images import naming
-from rx_edge.train.features import FeatureCache
+from rx_edge.train.engine import Engine
+from rx_edge.train.features import FeatureCache, Features, live
 from rx_edge.train.grounding import prove
+from rx_edge.train.progress import clean, whole
+from rx_edge.train.qlora import quantise
 from rx_edge.train.stages import run_stage
+from rx_edge.train.trainables import trains_vision
 
-_RESERVED = ("final", "features")  # directories of the run that are no stages
+_RESERVED = ("final", "features", "tensorboard")  # directories of the run that are no stages
 Progress = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
@@ -68,22 +76,33 @@ def train(
     """
     recipe = effective_recipe(recipe_path, overrides)
     _check(recipe, recipe_path)
-    _open_run(recipe, out, resume)
+    engine = Engine(recipe.engine)
+    if engine.main:
+        _open_run(recipe, out, resume)
+    engine.wait()
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     torch.manual_seed(recipe.seed)
+    check_normalisation(recipe.model.vision, recipe.image)
     corpora = {name: data.read(name, config) for name, config in recipe.data.items()}
     model = ReportModel(recipe)
-    write_json(out / "run.json", _environment(recipe, model))
-    write_json(out / "data_manifest.json", {n: _manifest(c) for n, c in corpora.items()})
-    features = FeatureCache(out / "features", model.vision, recipe.image)
-    _fill_features(features, corpora, progress)
-    _start_projector(model, corpora, features)
-    for stage in recipe.stages:
-        _stage(model, stage, corpora, features, out, progress)
-    save_trained(model, out / "final", getattr(torch, recipe.export_dtype))
-    load_trained(model, out / "final")  # measure what was saved, rounding included
-    write_json(out / "metrics.json", _measure(model, corpora, features, progress))
+    if engine.main:
+        write_json(out / "run.json", _environment(recipe, model, engine))
+        write_json(out / "data_manifest.json", {n: _manifest(c) for n, c in corpora.items()})
+    else:
+        progress = _silent
+    run = _Run(recipe, out, corpora, engine, progress)
+    model = run.stages(model)
+    if engine.main:
+        save_trained(model, out / "final", getattr(torch, recipe.export_dtype))
+        load_trained(model, out / "final")  # measure what was saved, rounding included
+        write_json(out / "metrics.json", run.measure(model))
+    engine.wait()
+    engine.accelerator.end_training()
     return out
+
+
+def _silent(*_: Any) -> None:
+    """Progress of the processes that show none."""
 
 
 def _check(recipe: TrainRecipe, path: Path) -> None:
@@ -92,6 +111,7 @@ def _check(recipe: TrainRecipe, path: Path) -> None:
     names = [s.name for s in recipe.stages]
     if "" in names or len(set(names)) != len(names):
         raise ConfigError(f"{path}: every stage needs a name of its own, got {names}")
+    _check_engine(recipe, path)
     if recipe.checkpoint_every < 1:
         raise ConfigError(f"{path}: checkpoint_every is {recipe.checkpoint_every}; at least 1")
     for stage in recipe.stages:
@@ -113,6 +133,27 @@ def _check(recipe: TrainRecipe, path: Path) -> None:
             )
 
 
+def _check_engine(recipe: TrainRecipe, path: Path) -> None:
+    for name in ("pack_tokens", "accumulate"):
+        if getattr(recipe.engine, name) < 1:
+            raise ConfigError(
+                f"{path}: engine.{name} is {getattr(recipe.engine, name)}; at least 1"
+            )
+    for stage in recipe.stages:
+        never = stage.patience > 0 and stage.validate_every == 0
+        if never or min(stage.validate_every, stage.patience) < 0:
+            raise ConfigError(
+                f"{path}: stage {stage.name!r} has patience {stage.patience} and validate_every "
+                f"{stage.validate_every}; patience counts validations: set validate_every too"
+            )
+    if recipe.engine.tensorboard:
+        require("tensorboard", extra="tensorboard")
+    if recipe.engine.load_in_4bit:
+        require("bitsandbytes", extra="qlora")
+        if any("lm" in stage.trains for stage in recipe.stages):
+            raise ConfigError(f"{path}: engine.load_in_4bit freezes the LM; train lora, not lm")
+
+
 def _open_run(recipe: TrainRecipe, out: Path, resume: bool) -> None:
     import tomli_w
 
@@ -132,48 +173,109 @@ def _open_run(recipe: TrainRecipe, out: Path, resume: bool) -> None:
     file.write_text(effective, encoding="utf-8")
 
 
-def _fill_features(
-    features: FeatureCache, corpora: Mapping[str, data.Corpus], progress: Progress
-) -> None:
-    samples = [s for c in corpora.values() for s in c.samples if s.image is not None]
-    for done, sample in enumerate(samples, 1):
-        with naming(sample) as path:
-            features.fill([path])
-        progress("vision features", done, len(samples), "")
+class _Run:
+    """The stages of a run, and what they share."""
 
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        out: Path,
+        corpora: Mapping[str, data.Corpus],
+        engine: Engine,
+        progress: Progress,
+    ) -> None:
+        self.recipe, self.out, self.corpora = recipe, out, corpora
+        self.engine, self.progress = engine, progress
 
-def _start_projector(
-    model: ReportModel, corpora: Mapping[str, data.Corpus], features: FeatureCache
-) -> None:
-    paths = [s.image for c in corpora.values() for s in c.split("train") if s.image is not None]
-    if paths:
-        table = model.lm.get_input_embeddings().weight
-        sample = torch.stack([features[p] for p in paths[:16]])
-        model.projector.start_at_scale(sample, float(table.std()))
+    def stages(self, model: ReportModel) -> ReportModel:
+        """Run every stage that is not finished; the model with the result, in main memory."""
+        self.features = self._cache(model)
+        frozen = [s for s in self.recipe.stages if not trains_vision(s)]
+        self._fill({name for stage in frozen for name in stage.data})
+        self._start_projector(model)
+        for stage in self.recipe.stages:
+            model = self._stage(model, stage)
+        return model
 
+    def measure(self, model: ReportModel) -> dict[str, Any]:
+        """The image-matters proof on the held-out part of every corpus that has images."""
+        out: dict[str, Any] = {}
+        for name, corpus in self.corpora.items():
+            held = [e for s in ("val", "test") for e in self._examples(model, [name], s)]
+            provable = len({e.sample.patient for e in held}) > 1 and any(
+                e.sample.view for e in held
+            )
+            if provable and all(e.sample.image for e in held):
+                self.progress(f"measuring on {name}", 0, 1, "")
+                train_items = self._examples(model, [name], "train")
+                figures = prove(model, train_items, held, self.features, model.recipe.seed)
+                out[name] = {"split": "val+test", "dropped": corpus.dropped, **figures}
+                self.progress(f"measuring on {name}", 1, 1, "")
+        return out
 
-def _stage(
-    model: ReportModel,
-    stage: StageConfig,
-    corpora: Mapping[str, data.Corpus],
-    features: FeatureCache,
-    out: Path,
-    progress: Progress,
-) -> None:
-    directory = out / stage.name
-    if (directory / "trained").is_dir():
+    def _cache(self, model: ReportModel) -> FeatureCache:
+        return FeatureCache(self.out / "features", model.vision, self.recipe.image)
+
+    def _fill(self, names: Iterable[str]) -> None:
+        samples = [s for n in sorted(names) for s in self.corpora[n].samples if s.image is not None]
+        tower = self.features.tower
+        tower.to(self.engine.device)
+        with self.engine.main_first():
+            for done, sample in enumerate(samples, 1):
+                with naming(sample) as path:
+                    self.features.fill([path])
+                self.progress("vision features", done, len(samples), "")
+        tower.cpu()
+
+    def _start_projector(self, model: ReportModel) -> None:
+        train = [s for c in self.corpora.values() for s in c.split("train")]
+        paths = [s.image for s in train if s.image is not None][:16]
+        if paths:
+            table = model.lm.get_input_embeddings().weight
+            model.projector.start_at_scale(self.features(paths), float(table.std()))
+
+    def _stage(self, model: ReportModel, stage: StageConfig) -> ReportModel:
+        directory, engine = self.out / stage.name, self.engine
+        if not (directory / "trained").is_dir():
+            items = self._examples(model, stage.data, "train")
+            kinds = {e.sample.image is not None for e in items}
+            if len(kinds) > 1:
+                raise ConfigError(
+                    f"stage {stage.name!r} mixes image and text-only corpora; use two stages"
+                )
+            if self.recipe.engine.load_in_4bit:
+                quantise(model.lm, engine.dtype)
+            run_stage(
+                model, stage, items, self._features(model, stage) if kinds == {True} else None,
+                directory,
+                lambda step, steps, loss: self.progress(
+                    stage.name, step, steps, f"loss {loss:.3f}"
+                ),
+                held_out=self._examples(model, stage.data, "val"), engine=engine,
+                board=self.out / "tensorboard" / stage.name
+                if self.recipe.engine.tensorboard else None,
+            )  # fmt: skip
+            model = _in_main_memory(model, engine)
+            if engine.main:
+                save_trained(model, directory / "trained", torch.float32)
+                clean(directory)
+            engine.wait()
         load_trained_stage(model, directory)
-        return
-    items = _examples(model, corpora, stage.data, "train")
-    with_image = {e.sample.image is not None for e in items}
-    if len(with_image) > 1:
-        raise ConfigError(f"stage {stage.name!r} mixes image and text-only corpora; use two stages")
-    run_stage(
-        model, stage, items, features if with_image == {True} else None, directory,
-        lambda step, steps, loss: progress(stage.name, step, steps, f"loss {loss:.3f}"),
-    )  # fmt: skip
-    save_trained(model, directory / "trained", torch.float32)
-    (directory / "progress.safetensors").unlink(missing_ok=True)
+        if trains_vision(stage):
+            self.features = self._cache(model)
+        return model
+
+    def _features(self, model: ReportModel, stage: StageConfig) -> Features:
+        return live(model.vision, self.recipe.image) if trains_vision(stage) else self.features
+
+    def _examples(self, model: ReportModel, names: Sequence[str], split: str) -> list[Example]:
+        return [
+            example
+            for name in names
+            for example in examples(
+                model, self.corpora[name].split(split), self.recipe.data[name].max_target_tokens
+            )
+        ]
 
 
 def load_trained_stage(model: ReportModel, directory: Path) -> None:
@@ -181,36 +283,17 @@ def load_trained_stage(model: ReportModel, directory: Path) -> None:
     load_trained(model, directory / "trained")
 
 
-def _examples(
-    model: ReportModel, corpora: Mapping[str, data.Corpus], names: Sequence[str], split: str
-) -> list[Example]:
-    return [
-        example
-        for name in names
-        for example in examples(
-            model, corpora[name].split(split), model.recipe.data[name].max_target_tokens
-        )
-    ]
-
-
-def _measure(
-    model: ReportModel,
-    corpora: Mapping[str, data.Corpus],
-    features: FeatureCache,
-    progress: Progress,
-) -> dict[str, Any]:
-    """The image-matters proof on the held-out part of every corpus that has images."""
-    out: dict[str, Any] = {}
-    for name, corpus in corpora.items():
-        held = [e for s in ("val", "test") for e in _examples(model, corpora, [name], s)]
-        provable = len({e.sample.patient for e in held}) > 1 and any(e.sample.view for e in held)
-        if provable and all(e.sample.image for e in held):
-            progress(f"measuring on {name}", 0, 1, "")
-            train_items = _examples(model, corpora, [name], "train")
-            figures = prove(model, train_items, held, features, model.recipe.seed)
-            out[name] = {"split": "val+test", "dropped": corpus.dropped, **figures}
-            progress(f"measuring on {name}", 1, 1, "")
-    return out
+@torch.no_grad()
+def _in_main_memory(model: ReportModel, engine: Engine) -> ReportModel:
+    """The model as it can be saved: a new one, where the old is in shards or in 4 bits."""
+    if not engine.sharded and not model.recipe.engine.load_in_4bit:
+        return model.cpu()
+    fresh = ReportModel(model.recipe).eval()
+    found = dict(model.named_parameters())
+    for name, parameter in fresh.named_parameters():
+        if found[name].is_floating_point():  # else 4 bits of what is in `fresh` already
+            parameter.copy_(whole(found[name]))
+    return fresh
 
 
 def _manifest(corpus: data.Corpus) -> dict[str, Any]:
@@ -231,8 +314,10 @@ def _manifest(corpus: data.Corpus) -> dict[str, Any]:
     }
 
 
-def _environment(recipe: TrainRecipe, model: ReportModel) -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "tokenizers", "numpy", "pillow", "pydicom")
+def _environment(recipe: TrainRecipe, model: ReportModel, engine: Engine) -> dict[str, Any]:
+    packages = (
+        "torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "pillow", "pydicom"
+    )  # fmt: skip
     return {
         "rx_edge": rx_edge.__version__,
         "git_commit": _git_commit(),
@@ -240,6 +325,10 @@ def _environment(recipe: TrainRecipe, model: ReportModel) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": engine.processes,
+        "sharded": engine.sharded,
+        "device": engine.device.type,
+        "precision": str(engine.dtype).removeprefix("torch."),
         "packages": {p: metadata.version(p) for p in packages},
         "base": {
             "vision": _base(recipe.model.vision, weights_digest(model.vision)),
@@ -267,14 +356,3 @@ def _git_commit() -> str:
 
 def _short(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _set(plain: Any, keys: list[str], value: Any, override: str) -> None:
-    for key in keys[:-1]:
-        try:
-            plain = plain[int(key)] if isinstance(plain, list) else plain[key]
-        except (KeyError, IndexError, ValueError, TypeError) as error:
-            raise ConfigError(f"--set {override!r}: there is no {key!r} in the recipe") from error
-    if not isinstance(plain, dict):
-        raise ConfigError(f"--set {override!r}: {keys[-1]!r} is no key there")
-    plain[keys[-1]] = value

@@ -19,6 +19,17 @@ def trainable(model: ReportModel, stage: StageConfig) -> list[torch.nn.Parameter
         chosen += list(model.projector.parameters())
     if "lora" in stage.trains:
         chosen += [p for n, p in model.lm.named_parameters() if ".lora_" in n]
+    if "vision" in stage.trains:
+        chosen += [p for n, p in model.vision.named_parameters() if ".lora_" not in n]
+    if "vision-lora" in stage.trains:
+        chosen += [p for n, p in model.vision.named_parameters() if ".lora_" in n]
+    if "lm" in stage.trains:
+        chosen += [p for n, p in model.lm.named_parameters() if ".lora_" not in n]
     for parameter in chosen:
         parameter.requires_grad_(True)
     return chosen
+
+
+def trains_vision(stage: StageConfig) -> bool:
+    """Whether features computed before or during the stage are stale after one of its steps."""
+    return not {"vision", "vision-lora"}.isdisjoint(stage.trains)

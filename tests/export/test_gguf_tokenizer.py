@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from rx_edge.backends import llm_gguf as reader
 from rx_edge.errors import ExportError
-from rx_edge_export import gguf_sentencepiece, gguf_tokenizer
+from rx_edge.model import sentencepiece_check
+from rx_edge_export import gguf_tokenizer
 from tests.export.gguf_helpers import edit, export
 from tests.factories import sentencepiece_files, tiny_llama_dir
 
@@ -108,7 +109,7 @@ def test_sentencepiece_splits_alike(spm_copy: Path, tmp_path: Path, layout: dict
     assert export(spm_copy, tmp_path / "a.gguf")["tokenizer_pre"] == gguf_tokenizer.SENTENCEPIECE
     tokenizer = Tokenizer.from_file(str(spm_copy / "tokenizer.json"))
     with reader.open(tmp_path / "a.gguf", n_ctx=32, threads=1) as backend:
-        for text in (*gguf_sentencepiece.TEXTS, "a\tb\r\n", "日本語 is no piece: bytes", ""):
+        for text in (*sentencepiece_check.TEXTS, "a\tb\r\n", "日本語 is no piece: bytes", ""):
             wanted = tokenizer.encode(text, add_special_tokens=False).ids
             assert backend.tokenize(text) == wanted, text
 

@@ -72,6 +72,33 @@ def test_odd_grid_is_refused_only_where_it_is_shuffled() -> None:
     assert Projector(ModelConfig(pooling="none"), grid=5, width=3, lm_width=5).tokens == 25
 
 
+def test_average_pooling_equals_a_naive_loop() -> None:
+    config = ModelConfig(pooling="average-3x3", projector="linear")
+    projector = Projector(config, grid=6, width=4, lm_width=5)
+    features = torch.randn(2, 36, 4)
+    square = features.reshape(2, 6, 6, 4)
+    blocks = [square[:, r : r + 3, c : c + 3].mean((1, 2)) for r in (0, 3) for c in (0, 3)]
+    assert projector.tokens == 4
+    torch.testing.assert_close(projector(features), projector.net(torch.stack(blocks, 1)))
+    with pytest.raises(ModelError, match="'average-3x3' needs a patch grid that 3 divides.*has 37"):
+        Projector(config, grid=37, width=4, lm_width=5)
+
+
+def test_the_resampler_reads_every_patch_of_any_grid() -> None:
+    config = ModelConfig(pooling="resampler", queries=7)
+    projector = Projector(config, grid=37, width=128, lm_width=5)
+    assert projector.tokens == 7
+    assert projector.pool.heads == 2
+    features = torch.randn(1, 37 * 37, 128, requires_grad=True)
+    out = projector(features)
+    assert out.shape == (1, 7, 5)
+    out.square().sum().backward()
+    assert features.grad is not None
+    assert bool((features.grad.abs().amax(-1) > 0).all())
+    with pytest.raises(ModelError, match=r"model\.queries is 0"):
+        Projector(ModelConfig(pooling="resampler", queries=0), grid=2, width=4, lm_width=5)
+
+
 def test_linear_projector_is_linear() -> None:
     config = ModelConfig(projector="linear", pooling="none")
     projector = Projector(config, grid=2, width=3, lm_width=5)
@@ -112,7 +139,9 @@ def test_fixed_position_embedding_equals_transformers(
 
 
 def test_unfit_towers_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is a 'llama'; supported: dinov2, vit"):
+    with pytest.raises(
+        ModelError, match="is a 'llama'; supported: clip, .*dinov2, siglip, .*swin, vit"
+    ):
         load_vision(str(tiny_base / "llama"), IMAGE_SIZE)
     with pytest.raises(ModelError, match="60 is not a multiple of the patch size 14 .*use 56"):
         load_vision(str(tiny_base / "vit"), 60)

@@ -10,20 +10,23 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from rx_edge.cli import app
 from rx_edge.config import ImageRecipe, StageConfig
 from rx_edge.errors import ConfigError, TrainingError, UsageError
 from rx_edge.model.catalogue import register
 from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.model.vision import load_vision
 from rx_edge.prompting import encode
-from rx_edge.train import data, stages
+from rx_edge.train import data
 from rx_edge.train.batching import Example, collate, epoch_order, examples
 from rx_edge.train.data import Sample
 from rx_edge.train.features import FeatureCache
 from rx_edge.train.grounding import named_view
+from rx_edge.train.objective import loss_of
 from rx_edge.train.run import effective_recipe, train
-from rx_edge.train.stages import loss_of, run_stage
+from rx_edge.train.stages import run_stage
 
 
 class Workbench:
@@ -169,13 +172,25 @@ def test_resume_is_refused_where_it_would_mix_runs(tiny_recipe: Path, tmp_path: 
         train(tiny_recipe, out, resume=True, overrides=["seed=1"])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stages, "loss_of", lambda *_: torch.tensor(float("nan")))
+def test_a_loss_that_is_not_finite_stops_the_run(bench: Workbench, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(bench.model.projector.parameters())[0] = float("nan")
     with pytest.raises(TrainingError, match=r"'stage1': the loss is nan at step 0; lower learning"):
         bench.changed_by(bench.recipe.stages[0], tmp_path / "1")
     assert not (tmp_path / "1" / "progress.safetensors").exists()
+
+
+def test_a_gradient_that_overflows_stops_the_run_with_the_weights_as_they_were(
+    bench: Workbench, tmp_path: Path
+) -> None:
+    """A hook blows up one gradient: the loss is fine, the step would not be."""
+    weight = next(bench.model.projector.parameters())
+    before = weight.clone()
+    weight.requires_grad_(True)
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match=r"the gradient's norm is (nan|inf) at step 0"):
+        bench.changed_by(bench.recipe.stages[0], tmp_path / "1")
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize(
@@ -294,3 +309,14 @@ def test_values_that_would_fail_late_are_refused_early(
     with pytest.raises(ConfigError, match=message):
         train(tiny_recipe, tmp_path / "run", overrides=[override])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_named_or_a_file(tmp_path: Path) -> None:
+    runner = CliRunner()
+    wrong = runner.invoke(app, ["train", "dem0", "--out", str(tmp_path / "run")])
+    assert wrong.exit_code == 2
+    assert "no such recipe; did you mean 'demo'" in wrong.output
+    changes = ["--set=data.iu.path=/nowhere", "--out", str(tmp_path / "run")]
+    shipped = runner.invoke(app, ["train", "demo", *changes])  # found, read, and its data missed
+    assert shipped.exit_code != 0
+    assert "/nowhere" in shipped.output

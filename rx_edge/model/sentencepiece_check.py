@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from rx_edge.errors import ExportError
+from rx_edge.errors import ModelError
 from rx_edge.optional import require
 
 TEXTS = (
@@ -24,31 +24,32 @@ TEXTS = (
 )
 
 
-def compare(model_dir: Path) -> None:
-    """Compare every piece and the ids of `TEXTS`.
+def check(model_dir: Path) -> None:
+    """Compare every piece and the ids of `TEXTS`, where there is a tokenizer.model.
 
     Raises:
-        ExportError: they differ; the first difference is named.
+        ModelError: they differ; the first difference is named.
         MissingExtraError: sentencepiece is not installed.
     """
+    file = model_dir / "tokenizer.model"
+    if not file.is_file():
+        return
     sentencepiece = require("sentencepiece", extra="export")
     try:
-        original = sentencepiece.SentencePieceProcessor(
-            model_file=str(model_dir / "tokenizer.model")
-        )
+        original = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise ExportError(f"{str(model_dir / 'tokenizer.model')!r} cannot be read") from error
+        raise ModelError(f"{str(file)!r} cannot be read as a SentencePiece model") from error
     fast = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
     for i in range(original.get_piece_size()):
         if fast.id_to_token(i) != original.id_to_piece(i):
-            raise ExportError(
+            raise ModelError(
                 f"tokenizer.json says that id {i} is {fast.id_to_token(i)!r}, tokenizer.model "
                 f"{original.id_to_piece(i)!r}; convert tokenizer.model again"
             )
     for text in TEXTS:
         found = fast.encode(text, add_special_tokens=False).ids
         if found != original.encode(text):
-            raise ExportError(
+            raise ModelError(
                 f"tokenizer.json splits {text!r} differently from tokenizer.model; "
                 "convert tokenizer.model again and train with the new file"
             )

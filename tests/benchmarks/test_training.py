@@ -1,0 +1,106 @@
+"""The training study: both sides compute the same loss, count the same tokens, and run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rx_edge.config import to_mapping
+from rx_edge.errors import ConfigError, TrainingError
+from rx_edge.train.batching import collate
+from rx_edge.train.objective import loss_of
+from rx_edge.train.run import effective_recipe
+from rx_edge_bench import training_block
+from rx_edge_bench.training import SIDES, measure, summary
+from rx_edge_bench.training_block import PlainModel, Rows, Task, padded, read_task
+
+
+def task_of(recipe: Path, work: Path, steps: int = 3) -> Task:
+    effective = effective_recipe(recipe, ["lora.dropout=0.0"])
+    plain = {"recipe": to_mapping(effective), "stage": "stage2", "steps": steps}
+    return read_task({**plain, "work": str(work), "seed": 0})
+
+
+def test_both_sides_see_the_same_loss_and_the_same_tokens(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    task = task_of(tiny_recipe, tmp_path)
+    training_block.prepare(task)
+    task.items[0] = replace(task.items[0], ids=task.items[0].ids[:3])  # so that one is padded
+    rows, plain = Rows(task), PlainModel(task.model.eval())
+    with torch.no_grad():
+        out = plain(**padded([rows[i] for i in range(4)]))
+        batch = collate(task.model, task.items[:4], task.features)
+        torch.testing.assert_close(out.loss, loss_of(task.model, batch), atol=1e-5, rtol=1e-5)
+    assert plain.tokens == [int(batch.mask.sum())]
+    assert plain.padded[0] > plain.tokens[0] + 4
+    assert out.logits.shape[1] == batch.embeds.shape[1] + 1  # every position, as planned
+
+
+def test_both_sides_train(tiny_recipe: Path, tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+    for side in ("ours", "trainer"):
+        task = task_of(tiny_recipe, tmp_path)
+        if side == "ours":
+            prepared = training_block.prepare(task)
+            assert prepared["train_studies"] == 12
+            assert prepared["val_studies"] == 4
+        before = {n: p.clone() for n, p in task.model.named_parameters()}
+        found[side] = getattr(training_block, side)(task)
+        changed = {n for n, p in task.model.named_parameters() if not torch.equal(p, before[n])}
+        assert changed == {n for n in before if n.startswith("projector.") or ".lora_" in n}
+    ours, theirs = found["ours"], found["trainer"]
+    for one in (ours, theirs):
+        assert len(one["losses"]) == 3
+        assert one["tokens_per_second"] == one["tokens"] / one["seconds"]
+        assert one["losses"][-1] < one["losses"][0]
+        assert one["val_loss"] < one["losses"][0]
+        assert one["peak_rss_bytes"] > 1e8
+    # two steps of four: all reports are among the twelve of an epoch
+    assert ours["tokens"] == pytest.approx(theirs["tokens"], rel=0.05)
+    json.dumps(found, allow_nan=False)
+
+
+def blocks(*differences: float) -> dict[str, list[dict[str, float]]]:
+    base = {"peak_rss_bytes": 2e9, "padding": 0.2}
+    return {
+        SIDES[0]: [
+            {**base, "tokens_per_second": 300.0, "peak_rss_bytes": 1e9, "val_loss": 1.5 + d}
+            for d in differences
+        ],
+        SIDES[1]: [{**base, "tokens_per_second": 100.0, "val_loss": 1.5} for _ in differences],
+    }
+
+
+@pytest.mark.parametrize(
+    ("differences", "agree"),
+    [
+        ((0.01, -0.01, 0.02, -0.01), True),
+        ((0.10, 0.11, 0.10, 0.11), False),
+        ((0.01, -0.01, 0.02), None),
+    ],
+)
+def test_losses_agree_within_the_noise_of_the_pairs(
+    differences: tuple[float, ...], agree: bool | None
+) -> None:
+    found = summary(blocks(*differences))
+    assert found["tokens_per_second_ratio"]["median"] == 3.0
+    assert found["peak_rss_ratio"]["median"] == 0.5
+    assert found["trainer_padding"]["median"] == 0.2
+    assert found["val_loss_difference"]["agree"] is agree
+
+
+def test_what_cannot_be_compared_is_refused(tiny_recipe: Path, tmp_path: Path) -> None:
+    recipe = effective_recipe(tiny_recipe, [])
+    with pytest.raises(ConfigError, match=r"--stage is 'x'; the recipe has: stage1, stage2"):
+        measure(recipe, "x", tmp_path, steps=2, pairs=1)
+    with pytest.raises(ConfigError, match="at least 2 steps"):
+        measure(recipe, "stage1", tmp_path, steps=1, pairs=1)
+    absent = effective_recipe(tiny_recipe, ["data.pairs.path=/nowhere"])
+    with pytest.raises(TrainingError, match=r"a block of prepare failed: .*'/nowhere"):
+        measure(absent, "stage1", tmp_path, steps=2, pairs=1)
