@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing, redirect_stdout
+from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +24,23 @@ from rx_edge.cli.common import (
 from rx_edge.errors import InputError, UsageError
 
 
+@dataclass
+class _Tally:
+    """Every readable study with its key, in order, and what became of them."""
+
+    keys: list[tuple[Path, str]] = field(default_factory=list)
+    drafted: int = 0
+    kept: int = 0
+    failed: int = 0
+
+
+class Engine(StrEnum):
+    """What runs the workers."""
+
+    local = "local"
+    ray = "ray"
+
+
 def worklist(
     directory: Annotated[Path, typer.Argument(help="directory with DICOM, PNG or JPEG files")],
     bundle: BundleOption,
@@ -30,62 +51,115 @@ def worklist(
     slots: Annotated[
         int, typer.Option("--slots", min=1, help="drafts that share passes instead, in one worker")
     ] = 1,
+    engine: Annotated[
+        Engine, typer.Option("--engine", help="threads here, or processes of Ray Data")
+    ] = Engine.local,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="a running Ray cluster, e.g. 10.0.0.1:6379")
+    ] = None,
     vision: VisionChoice = None,
     llm: LanguageChoice = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=0, help="CPU threads")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=0, help="CPU threads; with Ray, of each worker")
+    ] = None,
     as_json: JsonFlag = False,
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft every study of a directory; run it again to go on where it stopped."""
     if workers > 1 and slots > 1:
         raise UsageError(f"--workers {workers} and --slots {slots} exclude each other; leave one")
+    if ray_address and engine is not Engine.ray:
+        raise UsageError(f"--ray-address {ray_address} needs --engine ray")
+    if slots > 1 and engine is Engine.ray:
+        raise UsageError(f"--slots {slots} and --engine ray exclude each other; leave one")
     from rx_edge.runtime.session import open_session
-    from rx_edge.runtime.worklist import draft_all
     from rx_edge.runtime.worklist_store import Store, studies_below
 
     studies = list(studies_below(directory))
     if not studies:
         raise UsageError(f"{str(directory)!r} holds no files; name a directory with studies")
+    if engine is Engine.ray:
+        from rx_edge.runtime.worklist_ray import import_ray
+
+        import_ray(ray_address)
     with open_session(
         bundle, vision=vision, language=llm, threads=threads, allow_unverified=allow_unverified
     ) as session:
         for note in session.notes:
             say(note)
-        store = Store(out, session)
-        keys, unread = _keys(store, studies)
-        waiting = [(study, key) for study, key in keys if not store.done(key)]
-        failed = len(unread)
-        for message in unread:
-            say(f"rx-edge: {message}")
-        with progress() as bars:
-            paths = [study for study, _ in waiting]
-            results = draft_all(session, paths, workers=workers, slots=slots)
-            for done, result in enumerate(results, start=1):
-                store.put(waiting[result.index][1], result)
-                failed += result.report is None
-                bars("drafting", done, len(waiting), f"{failed} failed" if failed else "")
-        store.finish(keys)
+        store = Store(out.absolute(), session)
+        if engine is Engine.ray:
+            tally = _on_ray(session, store, studies, directory, workers, ray_address)
+        else:
+            tally = _here(session, store, studies, workers, slots)
+        store.finish(tally.keys)
+    _summary(tally, len(studies), out, as_json=as_json)
+
+
+def _here(session: Any, store: Any, studies: list[Path], workers: int, slots: int) -> _Tally:
+    from rx_edge.runtime.worklist import draft_all
+
+    tally = _Tally()
+    for study in studies:
+        try:
+            tally.keys.append((study, store.key(study)))
+        except InputError as error:
+            tally.failed += 1
+            say(f"rx-edge: {error}")
+    waiting = [(study, key) for study, key in tally.keys if not store.done(key)]
+    tally.kept = len(tally.keys) - len(waiting)
+    with progress() as bars:
+        paths = [study for study, _ in waiting]
+        results = draft_all(session, paths, workers=workers, slots=slots)
+        for done, result in enumerate(results, start=1):
+            store.put(waiting[result.index][1], result)
+            tally.failed += result.report is None
+            tally.drafted += result.report is not None
+            bars("drafting", done, len(waiting), f"{tally.failed} failed" if tally.failed else "")
+    return tally
+
+
+def _on_ray(
+    session: Any,
+    store: Any,
+    studies: list[Path],
+    directory: Path,
+    workers: int,
+    address: str | None,
+) -> _Tally:
+    """The same, but workers find out what is done: here, an archive would be read twice."""
+    from rx_edge.runtime.worklist_ray import draft_all, job_for
+
+    job = job_for(session, store, directory)
+    session.close()  # every worker has its own
+    tally, before, keys = _Tally(), store.reports(), [""] * len(studies)
+    drafting = closing(draft_all(job, studies, workers=workers, address=address))
+    # Ray tells of lost workers on stdout, which belongs to the one document
+    with redirect_stdout(sys.stderr), drafting as outcomes, progress() as bars:
+        for done, outcome in enumerate(outcomes, start=1):
+            keys[outcome.index] = outcome.key
+            kept = outcome.ok and outcome.key in before
+            tally.kept += kept
+            tally.drafted += outcome.ok and not kept
+            tally.failed += not outcome.ok
+            if outcome.unread:
+                say(f"rx-edge: {outcome.unread}")
+            bars("drafting", done, len(studies), f"{tally.failed} failed" if tally.failed else "")
+    tally.keys = [(study, key) for study, key in zip(studies, keys, strict=True) if key]
+    return tally
+
+
+def _summary(tally: _Tally, studies: int, out: Path, *, as_json: bool) -> None:
     summary: dict[str, Any] = {
-        "studies": len(studies),
-        "drafted": len(waiting) - failed + len(unread),
-        "kept": len(keys) - len(waiting),
-        "failed": failed,
+        "studies": studies,
+        "drafted": tally.drafted,
+        "kept": tally.kept,
+        "failed": tally.failed,
         "out": str(out),
     }
     if as_json:
         print_json(summary)
     else:
-        say(f"{summary['drafted']} drafted, {summary['kept']} kept, {failed} failed: {out}")
-    if failed:
+        say(f"{tally.drafted} drafted, {tally.kept} kept, {tally.failed} failed: {out}")
+    if tally.failed:
         raise typer.Exit(1)
-
-
-def _keys(store: Any, studies: list[Path]) -> tuple[list[tuple[Path, str]], list[str]]:
-    """Every readable study with its key, and a message for each other one."""
-    keys, unread = [], []
-    for study in studies:
-        try:
-            keys.append((study, store.key(study)))
-        except InputError as error:
-            unread.append(str(error))
-    return keys, unread

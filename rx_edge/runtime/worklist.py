@@ -6,7 +6,7 @@ backend maps its file also the weights. Results come in the order of the studies
 fails is a result with an error, and the others go on.
 
 Does not cover: drafts that share passes (`worklist_slots.py`), writing results and resuming
-(`worklist_store.py`), several machines.
+(`worklist_store.py`), workers that are processes, on one machine or several (`worklist_ray.py`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def draft_all(
     if slots > 1:
         yield from _in_order(worklist_slots.drafts(session, studies, slots=slots, ahead=ahead))
         return
-    count = min(workers or _workers(session), max(1, len(studies)))
+    count = min(workers or default_workers(session), max(1, len(studies)))
     with ExitStack() as stack:
         free: queue.SimpleQueue[Session] = queue.SimpleQueue()
         if count == 1:
@@ -70,12 +70,25 @@ def draft_all(
             yield begun.popleft().result()
 
 
-def _draft(free: queue.SimpleQueue[Session], index: int, study: Path) -> Result:
-    session = free.get()
+def draft_one(session: Session, index: int, study: Path) -> Result:
+    """One study to its end; what is wrong with it is a result too."""
     try:
         return Result(index, study, report=_to_end(session, study))
     except RxEdgeError as error:
         return Result(index, study, error=error)
+
+
+def default_workers(session: Session) -> int:
+    """One per core where everything runs on the CPU and the weights are shared, else 1."""
+    on_cpu = session.vision.device == session.language.device == "cpu"
+    mapped = getattr(registry.load(session.artifact.format), "SHARES_WEIGHTS", False)
+    return physical_cores() if on_cpu and mapped else 1
+
+
+def _draft(free: queue.SimpleQueue[Session], index: int, study: Path) -> Result:
+    session = free.get()
+    try:
+        return draft_one(session, index, study)
     finally:
         free.put(session)
 
@@ -88,12 +101,6 @@ def _to_end(session: Session, study: Path) -> Report:
         except StopIteration as end:
             report: Report = end.value
             return report
-
-
-def _workers(session: Session) -> int:
-    on_cpu = session.vision.device == session.language.device == "cpu"
-    mapped = getattr(registry.load(session.artifact.format), "SHARES_WEIGHTS", False)
-    return physical_cores() if on_cpu and mapped else 1
 
 
 def _worker(session: Session, workers: int) -> Session:

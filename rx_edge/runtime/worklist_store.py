@@ -25,7 +25,7 @@ INDEX = "worklist.json"
 
 
 class Store:
-    """A directory of results."""
+    """A directory of results. It can be pickled: workers in other processes file into the same."""
 
     def __init__(self, root: Path, session: Session) -> None:
         """Open or create it.
@@ -37,7 +37,7 @@ class Store:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{str(root)!r} cannot be created: {error.strerror}") from error
-        self._root = root
+        self.root = root
         settings = [
             session.bundle.digest,
             session.vision_artifact.name,
@@ -65,6 +65,10 @@ class Store:
         """Whether there is a report under `key`."""
         return "report" in self._read(key)
 
+    def reports(self) -> set[str]:
+        """Every key under which there is a report."""
+        return {path.stem for path in self.root.glob("*.json") if self.done(path.stem)}
+
     def put(self, key: str, result: Result) -> dict[str, Any]:
         """File one result; returns what was filed."""
         entry: dict[str, Any] = {"study": str(result.study)}
@@ -72,7 +76,7 @@ class Store:
             entry["report"] = dataclasses.asdict(result.report)
         else:
             entry["error"] = str(result.error)
-        self._write(self._root / f"{key}.json", entry)
+        self._write(self.root / f"{key}.json", entry)
         return entry
 
     def finish(self, keys: list[tuple[Path, str]]) -> None:
@@ -81,11 +85,11 @@ class Store:
             {"study": str(study), "file": f"{key}.json", "ok": self.done(key)}
             for study, key in keys
         ]
-        self._write(self._root / INDEX, {"studies": index})
+        self._write(self.root / INDEX, {"studies": index})
 
     def _read(self, key: str) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads((self._root / f"{key}.json").read_text("utf-8"))
+            found: dict[str, Any] = json.loads((self.root / f"{key}.json").read_text("utf-8"))
         except (OSError, ValueError):
             return {}
         return found

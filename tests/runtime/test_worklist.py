@@ -85,12 +85,12 @@ def test_workers_share_the_cores(tiny_bundle: Path, monkeypatch: pytest.MonkeyPa
     """One per core where the weights are shared; a backend that would load them again has one."""
     monkeypatch.setattr(worklist, "physical_cores", lambda: 6)
     with open_session(tiny_bundle) as session:
-        assert worklist._workers(session) == 6
+        assert worklist.default_workers(session) == 6
         with worklist._worker(session, 3) as worker:
             assert worker.generate == replace(session.generate, threads=2)
             assert worker.artifact == session.artifact
         monkeypatch.delattr(llm_gguf, "SHARES_WEIGHTS")
-        assert worklist._workers(session) == 1
+        assert worklist.default_workers(session) == 1
 
 
 def test_a_backend_without_slots_is_refused(tiny_bundle: Path, studies: list[Path]) -> None:
