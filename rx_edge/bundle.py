@@ -19,14 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rx_edge.config import (
-    DRAFT_BANNER,
-    GenerateConfig,
-    ImageRecipe,
-    PromptConfig,
-    from_mapping,
-    to_mapping,
-)
+from rx_edge.config import DRAFT_BANNER, GenerateConfig, ImageRecipe, PromptConfig
+from rx_edge.config_io import from_mapping, to_mapping
 from rx_edge.errors import BundleError, ConfigError
 
 SCHEMA = 2

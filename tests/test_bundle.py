@@ -64,6 +64,18 @@ def test_sound_bundle_opens(tmp_path: Path) -> None:
         bundle.language("Q8_0")
 
 
+def test_what_runs_meanwhile_excuses_no_damage(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / "llm.gguf").write_bytes(b"weightz")
+    seen: list[str] = []
+    with pytest.raises(BundleError, match=r"llm\.gguf has sha256"):
+        open_bundle(tmp_path, meanwhile=lambda manifest: seen.append(manifest.name))
+    assert seen == ["tiny"]
+    make(tmp_path)
+    with pytest.raises(ZeroDivisionError):  # not swallowed, and no thread is left hashing
+        open_bundle(tmp_path, meanwhile=lambda _: 1 // 0)  # type: ignore[arg-type,return-value]
+
+
 def test_unlisted_file_is_not_handed_out(tmp_path: Path) -> None:
     bundle = open_bundle(make(tmp_path))
     (tmp_path / "extra.bin").touch()

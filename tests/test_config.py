@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from rx_edge import config
-from rx_edge.config import TrainRecipe, from_mapping, load_toml, to_mapping
+from rx_edge.config import TrainRecipe
+from rx_edge.config_io import from_mapping, load_toml, to_mapping
 from rx_edge.errors import ConfigError
 
 RECIPES = sorted((Path(config.__file__).parent / "train" / "recipes").glob("*.toml"))

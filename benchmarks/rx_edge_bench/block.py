@@ -290,7 +290,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _without(levers: Sequence[str]) -> Any:
     """A `RuntimeConfig` with these levers switched off."""
-    from rx_edge.config import RuntimeConfig, from_mapping
+    from rx_edge.config import RuntimeConfig
+    from rx_edge.config_io import from_mapping
 
     return from_mapping(RuntimeConfig, dict.fromkeys(levers, False), where="--off")
 

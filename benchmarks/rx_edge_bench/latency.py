@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from rx_edge.config import to_mapping
+from rx_edge.config_io import to_mapping
 from rx_edge.errors import UsageError
 from rx_edge.machine import physical_cores
 from rx_edge.runtime.pipeline import draft

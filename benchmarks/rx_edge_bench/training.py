@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rx_edge.config import TrainRecipe, to_mapping
+from rx_edge.config import TrainRecipe
+from rx_edge.config_io import to_mapping
 from rx_edge.errors import ConfigError, TrainingError
 from rx_edge_bench.environment import environment, fingerprint
 from rx_edge_bench.latency import spread

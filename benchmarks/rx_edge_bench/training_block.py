@@ -26,7 +26,8 @@ import torch
 from torch import nn
 
 from rx_edge import image
-from rx_edge.config import StageConfig, TrainRecipe, from_mapping
+from rx_edge.config import StageConfig, TrainRecipe
+from rx_edge.config_io import from_mapping
 from rx_edge.errors import ConfigError, RxEdgeError
 from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.radiograph import open_radiograph

@@ -26,7 +26,8 @@ from rx_edge.bundle import (
     Verdict,
     describe,
 )
-from rx_edge.config import ExportConfig, TrainRecipe, to_mapping
+from rx_edge.config import ExportConfig, TrainRecipe
+from rx_edge.config_io import to_mapping
 from rx_edge.errors import RxEdgeError, UsageError, VerificationError
 from rx_edge_export import (
     artifacts,

@@ -20,7 +20,8 @@ from typing import Any
 from safetensors import safe_open
 
 from rx_edge.bundle import DRAFTS
-from rx_edge.config import ExportConfig, TrainRecipe, load_toml
+from rx_edge.config import ExportConfig, TrainRecipe
+from rx_edge.config_io import load_toml
 from rx_edge.errors import ModelError, UsageError
 from rx_edge.machine import memory_free
 from rx_edge.model.catalogue import locate

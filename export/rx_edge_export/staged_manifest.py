@@ -19,7 +19,8 @@ from typing import Any
 import rx_edge
 from rx_edge.backends.llm_onnx import sidecars
 from rx_edge.bundle import MANIFEST, Artifact, FileEntry, Manifest, Verdict, describe
-from rx_edge.config import GenerateConfig, TrainRecipe, to_mapping
+from rx_edge.config import GenerateConfig, TrainRecipe
+from rx_edge.config_io import to_mapping
 from rx_edge_export import draft_corpus, sbom
 from rx_edge_export.artifacts import Merged, Workshop
 

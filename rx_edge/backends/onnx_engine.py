@@ -17,6 +17,7 @@ from rx_edge.errors import BackendError, MissingExtraError
 from rx_edge.optional import require
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+SPINNING = "session.intra_op.allow_spinning"
 _LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose ... 4 fatal
 
 
@@ -47,6 +48,7 @@ def session(
     *,
     threads: int,
     device: str,
+    spinning: bool = True,
     provider_options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Any:
     """An `InferenceSession` that runs on `device`.
@@ -54,6 +56,8 @@ def session(
     Args:
         threads: CPU threads; 0 = one per physical core (ONNX Runtime's own choice).
         device: "cpu" or "cuda".
+        spinning: whether idle threads wait in a loop: sooner at the next node, but another engine
+            that runs next finds the cores taken.
         provider_options: per device, what its provider is to be told.
 
     Raises:
@@ -75,9 +79,7 @@ def session(
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # its idle threads would keep the cores busy while llama.cpp prefills: 264 ms, not 194
-    # (docs/guides/speed.md)
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(SPINNING, str(int(spinning)))
     options.log_severity_level = _LOG_ERRORS
     settings = dict((provider_options or {}).get(device, {}))
     try:

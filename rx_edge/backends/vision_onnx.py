@@ -41,7 +41,9 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     """
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
-    return OnnxVision(onnx_engine.session(path, threads=threads, device=device), path, device)
+    # llama.cpp's prefill follows at once
+    session = onnx_engine.session(path, threads=threads, device=device, spinning=False)
+    return OnnxVision(session, path, device)
 
 
 class OnnxVision(Closing):

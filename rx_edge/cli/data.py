@@ -10,7 +10,8 @@ import typer
 
 from rx_edge.atomic import replacing
 from rx_edge.cli.common import JsonFlag, fail, print_json, progress, say
-from rx_edge.config import CorpusConfig, ImageRecipe, TrainRecipe, load_toml
+from rx_edge.config import CorpusConfig, ImageRecipe, TrainRecipe
+from rx_edge.config_io import load_toml
 from rx_edge.errors import UsageError
 
 if TYPE_CHECKING:

@@ -262,7 +262,8 @@ def training(
 ) -> None:
     """Our training step beside transformers' Trainer + peft: tokens per second, memory, losses."""
     require_train("accelerate")
-    from rx_edge.config import TrainRecipe, load_toml, override
+    from rx_edge.config import TrainRecipe
+    from rx_edge.config_io import load_toml, override
     from rx_edge.train.recipes import find
     from rx_edge_bench.training import measure
 

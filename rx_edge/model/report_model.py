@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from rx_edge.config import TrainRecipe, load_toml
+from rx_edge.config import TrainRecipe
+from rx_edge.config_io import load_toml
 from rx_edge.errors import ModelError
 from rx_edge.model.language import load_language, tokenizer_file, with_lora
 from rx_edge.model.parts import PARTS, trained_parts

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rx_edge import image
-from rx_edge.config import ImageRecipe, to_mapping
+from rx_edge.config import ImageRecipe
+from rx_edge.config_io import to_mapping
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.vision import VisionTower
 from rx_edge.radiograph import open_radiograph

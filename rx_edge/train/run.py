@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 import rx_edge
-from rx_edge.config import StageConfig, TrainRecipe, load_toml, override, to_mapping
+from rx_edge.config import StageConfig, TrainRecipe
+from rx_edge.config_io import load_toml, override, to_mapping
 from rx_edge.errors import ConfigError, TrainingError, UsageError
 from rx_edge.model.catalogue import locate
 from rx_edge.model.digest import weights_digest

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rx_edge.backends import vision_onnx
+from rx_edge.backends import onnx_engine, vision_onnx
 from rx_edge.errors import BackendError
 
 SIZE, WIDTH = 4, 5
@@ -67,6 +67,12 @@ def test_encode(tmp_path: Path, batch: int) -> None:
     assert found.dtype == np.float32
     wanted = images(batch).reshape(batch, 3, -1) @ weight_matrix()
     assert np.abs(found - wanted).max() < 1e-5
+
+
+def test_idle_threads_leave_the_cores_to_llama_cpp(tmp_path: Path) -> None:
+    with vision_onnx.open(graph(tmp_path / "a.onnx"), threads=2) as backend:
+        options = backend._session.get_session_options()
+        assert options.get_session_config_entry(onnx_engine.SPINNING) == "0"
 
 
 @pytest.mark.parametrize(

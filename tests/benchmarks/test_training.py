@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rx_edge.config import to_mapping
+from rx_edge.config_io import to_mapping
 from rx_edge.errors import ConfigError, TrainingError
 from rx_edge.train.batching import collate
 from rx_edge.train.objective import loss_of

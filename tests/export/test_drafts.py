@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from rx_edge.bundle import DRAFTS, FileEntry, describe, open_bundle
 from rx_edge.cli import app
-from rx_edge.config import CorpusConfig, ExportConfig, TrainRecipe, load_toml
+from rx_edge.config import CorpusConfig, ExportConfig, TrainRecipe
+from rx_edge.config_io import load_toml
 from rx_edge.draft_index import HEADER, boundary, open_drafts
 from rx_edge.errors import BundleError, UsageError
 from rx_edge.model.language import tokenizer_file

@@ -34,7 +34,8 @@ from rx_edge.bundle import (
     pairing_hash,
     prompt_hash,
 )
-from rx_edge.config import ExportConfig, ImageRecipe, PromptConfig, from_mapping
+from rx_edge.config import ExportConfig, ImageRecipe, PromptConfig
+from rx_edge.config_io import from_mapping
 from rx_edge.errors import BackendError, BundleError, VerificationError
 from rx_edge.runtime import session as session_module
 from rx_edge.runtime.session import open_session

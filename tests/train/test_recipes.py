@@ -25,9 +25,8 @@ from rx_edge.config import (
     PromptConfig,
     StageConfig,
     TrainRecipe,
-    load_toml,
-    to_mapping,
 )
+from rx_edge.config_io import load_toml, to_mapping
 from rx_edge.errors import ConfigError, ModelError, UsageError
 from rx_edge.model.parts import PARTS, trained_parts
 from rx_edge.model.report_model import load_run, part_state

@@ -9,7 +9,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from rx_edge.config import ExportConfig, load_toml, override
+from rx_edge.config import ExportConfig
+from rx_edge.config_io import load_toml, override
 from rx_edge.errors import UsageError
 
 

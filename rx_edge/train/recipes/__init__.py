@@ -1,6 +1,6 @@
 """Training recipes that come with rx-edge. One TOML file = one `TrainRecipe`.
 
-Does not cover: reading one (`rx_edge.config`) and running it (`rx_edge.train.run`).
+Does not cover: reading one (`rx_edge.config_io`) and running it (`rx_edge.train.run`).
 """
 
 from __future__ import annotations
