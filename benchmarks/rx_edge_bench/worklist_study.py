@@ -1,8 +1,8 @@
 """Many studies at once against one after the other: the same texts, sooner?
 
-Rounds take turns: one by one (with and without proposals), one worker per core (the default), and
-each number of slots. The texts of all rounds are compared; a study whose tokens differ is listed
-by its number.
+Rounds take turns: one by one (with and without proposals), and one worker per core with each
+number of slots (1: with proposals). The texts of all rounds are compared; a study whose tokens
+differ is listed by its number.
 
 Does not cover: several machines.
 """
@@ -33,7 +33,7 @@ def measure(
     root: Path,
     studies: Sequence[Path],
     *,
-    slots: Sequence[int] = (2, 8),
+    slots: Sequence[int] = (1, 2, 4, 8),
     repeats: int = 3,
     tick: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
@@ -54,10 +54,9 @@ def measure(
         ways: dict[str, Callable[[], Tokens]] = {
             "one by one": partial(_one_by_one, session, studies),
             "one by one, drafts off": partial(_one_by_one, slow, studies),
-            "workers": partial(_together, session, studies),
         }
         for count in slots:
-            ways[f"{count} slots"] = partial(_together, session, studies, slots=count)
+            ways[f"workers of {count} slots"] = partial(_together, session, studies, slots=count)
         run_to_end(session, studies[0])
         run_to_end(slow, studies[0])
         seconds, tokens = _take_turns(ways, repeats, tick)
@@ -111,7 +110,7 @@ def _one_by_one(session: Session, studies: Sequence[Path]) -> Tokens:
     return [run_to_end(session, study).token_ids for study in studies]
 
 
-def _together(session: Session, studies: Sequence[Path], slots: int = 1) -> Tokens:
+def _together(session: Session, studies: Sequence[Path], slots: int) -> Tokens:
     tokens: Tokens = []
     for result in draft_all(session, studies, slots=slots):
         if result.error:

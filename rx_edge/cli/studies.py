@@ -207,7 +207,7 @@ def worklist(
     images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
     slots: Annotated[
         str, typer.Option("--slots", help="numbers of slots, separated by commas")
-    ] = "2,8",
+    ] = "1,2,4,8",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="rounds")] = 3,
     out: JsonFile = None,
 ) -> None:

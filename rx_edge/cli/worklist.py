@@ -46,11 +46,11 @@ def worklist(
     bundle: BundleOption,
     out: Annotated[Path, typer.Option("--out", help="directory for one JSON file per study")],
     workers: Annotated[
-        int, typer.Option("--workers", min=0, help="studies at the same time; 0 = one per core")
+        int, typer.Option("--workers", min=0, help="drafting at the same time; 0 = one per core")
     ] = 0,
     slots: Annotated[
-        int, typer.Option("--slots", min=1, help="drafts that share passes instead, in one worker")
-    ] = 1,
+        int, typer.Option("--slots", min=0, help="drafts of a worker that share passes; 0 = auto")
+    ] = 0,
     engine: Annotated[
         Engine, typer.Option("--engine", help="threads here, or processes of Ray Data")
     ] = Engine.local,
@@ -66,8 +66,6 @@ def worklist(
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft every study of a directory; run it again to go on where it stopped."""
-    if workers > 1 and slots > 1:
-        raise UsageError(f"--workers {workers} and --slots {slots} exclude each other; leave one")
     if ray_address and engine is not Engine.ray:
         raise UsageError(f"--ray-address {ray_address} needs --engine ray")
     if slots > 1 and engine is Engine.ray:

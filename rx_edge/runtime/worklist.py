@@ -1,32 +1,34 @@
-"""Many studies: each worker drafts whole studies on its share of the cores.
+"""Many studies: each worker drafts several at once on its share of the cores.
 
-A draft on one core wastes nothing: no thread waits for another at every layer, and reading one
-study's file overlaps with decoding another's. Workers share the checked bundle, and where the
-backend maps its file also the weights. Results come in the order of the studies; a study that
-fails is a result with an error, and the others go on.
+Work on one core wastes nothing: no thread waits for another at every layer, and reading one
+study's file overlaps with decoding another's. The drafts of a worker share its passes. Workers
+share the checked bundle, and where the backend maps its file also the weights. Results come in the
+order of the studies; a study that fails is a result with an error, and the others go on.
 
-Does not cover: drafts that share passes (`worklist_slots.py`), writing results and resuming
+Does not cover: how drafts share passes (`worklist_slots.py`), writing results and resuming
 (`worklist_store.py`), workers that are processes, on one machine or several (`worklist_ray.py`).
 """
 
 from __future__ import annotations
 
 import queue
-from collections import deque
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from rx_edge.backends import registry
-from rx_edge.errors import RxEdgeError
+from rx_edge.backends.base import Parallel
+from rx_edge.errors import BackendError, RxEdgeError
 from rx_edge.machine import physical_cores
 from rx_edge.runtime import worklist_slots
 from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result
 
-AHEAD = 2  # studies per worker (or encoded ones, with slots) that are done or begun, unread yet
+SLOTS = 4  # of a worker
+AHEAD = 2
 
 
 def draft_all(
@@ -34,40 +36,38 @@ def draft_all(
     studies: Sequence[Path],
     *,
     workers: int = 0,
-    slots: int = 1,
+    slots: int = 0,
     ahead: int = AHEAD,
 ) -> Iterator[Result]:
     """Draft every study; results in the order of `studies`.
 
     Args:
-        workers: studies drafted at the same time; 0 = one per core where everything runs on the
-            CPU and the weights are shared, else 1.
-        slots: more than 1 = drafts that share passes instead, in one worker.
-        ahead: studies per worker that may be done or begun before they are asked for.
+        workers: threads that draft, each on its share of the cores; 0 = `default_workers`.
+        slots: drafts of a worker that share its passes; 1 = one after the other, with proposals;
+            0 = `SLOTS` where the backend can.
+        ahead: results per slot that may wait to be asked for.
 
     Raises:
-        BackendError: an engine cannot be opened for a worker, or has no slots.
+        BackendError: an engine failed or cannot be opened for a worker, or has no slots.
     """
-    if slots > 1:
-        yield from _in_order(worklist_slots.drafts(session, studies, slots=slots, ahead=ahead))
-        return
+    slots = _checked_slots(session, slots)
     count = min(workers or default_workers(session), max(1, len(studies)))
     with ExitStack() as stack:
-        free: queue.SimpleQueue[Session] = queue.SimpleQueue()
-        if count == 1:
-            free.put(session)
-        else:
-            for _ in range(count):
-                free.put(stack.enter_context(_worker(session, count)))
-        pool = stack.enter_context(ThreadPoolExecutor(count, "rx-edge-worker"))
-        begun: deque[Future[Result]] = deque()
-        stack.callback(lambda: [future.cancel() for future in begun])
-        for index, study in enumerate(studies):
-            begun.append(pool.submit(_draft, free, index, study))
-            if len(begun) >= count * ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        sessions = [session]
+        if count > 1:
+            sessions = [stack.enter_context(_worker(session, count)) for _ in range(count)]
+        source = _Studies(studies)
+        found: queue.Queue[Result | BaseException | None] = queue.Queue(count * slots * ahead)
+        threads = [
+            threading.Thread(
+                target=_work, args=(one, slots, source, found), name="rx-edge-worker", daemon=True
+            )
+            for one in sessions
+        ]
+        for thread in threads:
+            thread.start()
+        stack.callback(_end, source, found, threads)
+        yield from _in_order(_collected(found, count))
 
 
 def draft_one(session: Session, index: int, study: Path) -> Result:
@@ -85,12 +85,73 @@ def default_workers(session: Session) -> int:
     return physical_cores() if on_cpu and mapped else 1
 
 
-def _draft(free: queue.SimpleQueue[Session], index: int, study: Path) -> Result:
-    session = free.get()
+def _checked_slots(session: Session, slots: int) -> int:
+    can = isinstance(session.language, Parallel)
+    if slots > 1 and not can:
+        raise BackendError(
+            f"{session.artifact.name} decodes one draft at a time; leave slots out, or choose "
+            "a GGUF language model"
+        )
+    return slots or (SLOTS if can else 1)
+
+
+class _Studies:
+    """The studies, each handed out once."""
+
+    def __init__(self, studies: Sequence[Path]) -> None:
+        self._rest = iter(enumerate(studies))
+        self._lock = threading.Lock()
+        self.stopped = False
+
+    def next(self) -> tuple[int, Path] | None:
+        with self._lock:
+            return None if self.stopped else next(self._rest, None)
+
+
+def _work(
+    session: Session,
+    slots: int,
+    source: _Studies,
+    found: queue.Queue[Result | BaseException | None],
+) -> None:
+    """A worker: results, or what ended it, and None at the end."""
     try:
-        return draft_one(session, index, study)
+        for result in _drafts(session, slots, source):
+            found.put(result)
+    except BaseException as error:
+        found.put(error)
     finally:
-        free.put(session)
+        found.put(None)
+
+
+def _drafts(session: Session, slots: int, source: _Studies) -> Iterator[Result]:
+    if slots > 1 and isinstance(session.language, Parallel):
+        with session.language.parallel(slots) as language:
+            yield from worklist_slots.drafts(session, language, source)
+        return
+    while (study := source.next()) is not None:
+        yield draft_one(session, *study)
+
+
+def _collected(found: queue.Queue[Result | BaseException | None], workers: int) -> Iterator[Result]:
+    """What the workers found, until the last of them ends."""
+    while workers:
+        item = found.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            workers -= 1
+        else:
+            yield item
+
+
+def _end(source: _Studies, found: queue.Queue[Any], threads: Sequence[threading.Thread]) -> None:
+    source.stopped = True
+    for thread in threads:
+        while thread.is_alive():  # it may wait for room in the queue
+            with suppress(queue.Empty):
+                found.get_nowait()
+            thread.join(0.01)
 
 
 def _to_end(session: Session, study: Path) -> Report:

@@ -1,185 +1,120 @@
-"""Drafts that grow side by side in one llama.cpp context, the next studies encoded meanwhile.
+"""Drafts of one worker that grow side by side and share every pass.
 
-A pass reads the weights once for all of them: where reading weights is what decoding waits for (a
-large model, a GPU) this is the way; short drafts of a small model are faster in `worklist.py`'s
-workers. One thread reads, prepares and encodes ahead, into a queue of bounded length.
+A pass reads the weights once for all of them. A study is read and encoded when a slot is free for
+it, so no more of them are in memory than grow.
 
-A pass over several drafts rounds otherwise than a pass over one, as in `decoding.py`: only a tie
-between two tokens can fall the other way.
+A pass over several drafts may round otherwise than a pass over one, as in `decoding.py`: only a
+tie between two tokens can fall the other way.
 
-Does not cover: the order of results (`worklist.py`).
+Does not cover: how many workers there are, and the order of results (`worklist.py`).
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from rx_edge.backends.base import Parallel, Slots
-from rx_edge.errors import BackendError, RxEdgeError
+from rx_edge.backends.base import Slots
+from rx_edge.errors import RxEdgeError
 from rx_edge.prompting import layout
 from rx_edge.runtime.decoding import Draft
 from rx_edge.runtime.pipeline import Study, encode, new_draft, open_study, report, text_of
 from rx_edge.runtime.session import Session
-from rx_edge.types import Result, SoftPrompt
+from rx_edge.types import Result
 
 
-def drafts(
-    session: Session, studies: Sequence[Path], *, slots: int, ahead: int
-) -> Iterator[Result]:
-    """Every study's result, as it comes.
+class Source(Protocol):
+    """Studies for whoever asks next."""
 
-    Args:
-        slots: drafts that grow together.
-        ahead: most encoded studies that wait for a slot.
+    @property
+    def stopped(self) -> bool:
+        """Whether what grows should be given up."""
+        ...
+
+    def next(self) -> tuple[int, Path] | None:
+        """A study and its number; None when there is none left."""
+        ...
+
+
+def drafts(session: Session, language: Slots, source: Source) -> Iterator[Result]:
+    """Every study's result, as it comes; proposals are left to drafts that grow alone.
 
     Raises:
-        BackendError: the backend decodes one sequence only, or the engine itself failed.
+        BackendError: the engine itself failed, not one study.
     """
-    if not isinstance(session.language, Parallel):
-        raise BackendError(
-            f"{session.artifact.name} decodes one draft at a time; leave slots at 1, or choose "
-            "a GGUF language model"
-        )
-    with ExitStack() as stack:
-        language = stack.enter_context(session.language.parallel(slots))
-        waiting = stack.enter_context(_Encoder(session, studies, ahead))
-        yield from _Slots(session, language).run(waiting)
+    yield from _Slots(session, language).run(source)
 
 
-@dataclass(frozen=True)
-class _Encoded:
+@dataclass
+class _Growing:
     index: int
     path: Path
     study: Study
-    soft_prompt: SoftPrompt
-
-
-class _Encoder:
-    """A thread that reads, prepares and encodes studies ahead of their decoding."""
-
-    def __init__(self, session: Session, studies: Sequence[Path], ahead: int) -> None:
-        self._session, self._studies = session, studies
-        self._queue: queue.Queue[_Encoded | Result | BaseException | None] = queue.Queue(ahead)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rx-edge-encoder", daemon=True)
-
-    def next(self, *, block: bool) -> _Encoded | Result | None:
-        """The next study, or its failure; None when there is none (yet, unless `block`).
-
-        Raises:
-            BaseException: what ended the thread.
-        """
-        try:
-            found = self._queue.get(block=block)
-        except queue.Empty:
-            return None
-        if found is None:
-            self._queue.put(None)  # for whoever asks again
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def __enter__(self) -> _Encoder:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        while self._thread.is_alive():  # it may wait for room in the queue
-            try:
-                self._queue.get_nowait()
-            except queue.Empty:
-                self._thread.join(0.01)
-
-    def _run(self) -> None:
-        try:
-            for index, path in enumerate(self._studies):
-                if self._stop.is_set():
-                    return
-                self._queue.put(self._encode(index, path))
-        except BaseException as error:
-            self._queue.put(error)
-        else:
-            self._queue.put(None)
-
-    def _encode(self, index: int, path: Path) -> _Encoded | Result:
-        try:
-            study, pixels = open_study(self._session, path)
-            return _Encoded(index, path, study, encode(self._session, pixels, study.timings))
-        except RxEdgeError as error:
-            return Result(index, path, error=error)
+    draft: Draft
+    started: float  # time.perf_counter()
 
 
 class _Slots:
-    """Drafts that grow side by side."""
-
     def __init__(self, session: Session, language: Slots) -> None:
         self._session, self._language = session, language
         self._start = np.asarray(session.prompt.before, np.int32)
-        self._growing: dict[int, tuple[_Encoded, Draft, float]] = {}
+        self._growing: dict[int, _Growing] = {}
 
-    def run(self, waiting: _Encoder) -> Iterator[Result]:
-        """Every study's result, as it comes."""
-        while True:
-            yield from self._fill(waiting)
+    def run(self, source: Source) -> Iterator[Result]:
+        while not source.stopped:
+            yield from self._fill(source)
             if not self._growing:
                 return
             yield from self._pass()
 
-    def _fill(self, waiting: _Encoder) -> Iterator[Result]:
-        """Give free slots to studies that wait; wait for one only where nothing grows."""
-        while len(self._growing) < self._language.slots:
-            found = waiting.next(block=not self._growing)
-            if found is None:
-                return
-            if isinstance(found, Result):
-                yield found
-                continue
+    def _fill(self, source: Source) -> Iterator[Result]:
+        """Give free slots to the next studies."""
+        while len(self._growing) < self._language.slots and (found := source.next()):
+            index, path = found
             slot = next(s for s in range(self._language.slots) if s not in self._growing)
             try:
-                self._begin(slot, found)
+                self._growing[slot] = self._begun(slot, index, path)
             except RxEdgeError as error:
-                yield Result(found.index, found.path, error=error)
+                yield Result(index, path, error=error)
                 continue
             yield from self._finished([slot])
 
-    def _begin(self, slot: int, found: _Encoded) -> None:
-        timings, started = found.study.timings, time.perf_counter()
-        _, image_slot, after = layout(self._session.prompt, found.soft_prompt)
+    def _begun(self, slot: int, index: int, path: Path) -> _Growing:
+        study, pixels = open_study(self._session, path)
+        timings = study.timings
+        soft_prompt = encode(self._session, pixels, timings)
+        started = time.perf_counter()
+        _, image_slot, after = layout(self._session.prompt, soft_prompt)
         logits = self._language.begin(slot, self._start, [image_slot, after])
         timings.prefill = time.perf_counter() - started
-        timings.time_to_first_token = time.perf_counter() - found.study.started
+        timings.time_to_first_token = time.perf_counter() - study.started
         timings.prompt_tokens = len(self._start) + len(image_slot) + len(after)
         draft = new_draft(self._session, timings, None)
         draft.take(logits[None])
-        self._growing[slot] = found, draft, time.perf_counter()
+        return _Growing(index, path, study, draft, time.perf_counter())
 
     def _pass(self) -> Iterator[Result]:
         """One pass over every draft."""
-        feeds = [(slot, draft.feed()) for slot, (_, draft, _) in self._growing.items()]
+        feeds = [(slot, growing.draft.feed()) for slot, growing in self._growing.items()]
         for (slot, _), rows in zip(feeds, self._language.step(feeds), strict=True):
-            found, draft, _ = self._growing[slot]
             if isinstance(rows, RxEdgeError):
-                del self._growing[slot]
-                yield Result(found.index, found.path, error=rows)
+                failed = self._growing.pop(slot)
+                yield Result(failed.index, failed.path, error=rows)
             else:
-                draft.take(rows)
+                self._growing[slot].draft.take(rows)
         yield from self._finished([slot for slot, _ in feeds if slot in self._growing])
 
     def _finished(self, slots: Sequence[int]) -> Iterator[Result]:
         for slot in slots:
-            found, draft, started = self._growing[slot]
-            if draft.finish:
-                del self._growing[slot]
-                found.study.timings.decode = time.perf_counter() - started
-                text = text_of(self._session, draft.ids)
-                written = report(self._session, found.study, draft, text)
-                yield Result(found.index, found.path, report=written)
+            if not self._growing[slot].draft.finish:
+                continue
+            done = self._growing.pop(slot)
+            done.study.timings.decode = time.perf_counter() - done.started
+            text = text_of(self._session, done.draft.ids)
+            written = report(self._session, done.study, done.draft, text)
+            yield Result(done.index, done.path, report=written)

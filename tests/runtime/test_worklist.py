@@ -37,7 +37,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (2, 1), (3, 1), (1, 3), (1, 8)])
+@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (3, 1), (1, 3), (2, 2), (1, 8)])
 def test_texts_are_those_of_one_study_at_a_time(
     tiny_bundle: Path, studies: list[Path], workers: int, slots: int
 ) -> None:
