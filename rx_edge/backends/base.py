@@ -283,6 +283,11 @@ class Slots(Protocol):
 class Parallel(Protocol):
     """A language model that can decode several sequences together."""
 
+    @property
+    def sequence_bytes(self) -> int:
+        """Memory of one sequence's KV cache."""
+        ...
+
     def parallel(self, slots: int) -> Slots:
         """Room for `slots` sequences over the same weights; to be closed before the model.
 

@@ -33,6 +33,13 @@ def metadata(api: Any, model: Any, key: str) -> str:
     return buffer.value.decode(errors="replace") if found else ""
 
 
+def cache_bytes_per_token(api: Any, model: Any) -> int:
+    """Of a float16 KV cache: keys and values of every layer."""
+    width = api.llama_model_n_embd(model) // api.llama_model_n_head(model)
+    heads = api.llama_model_n_head_kv(model)
+    return int(2 * 2 * api.llama_model_n_layer(model) * heads * width)
+
+
 def free(api: Any, context: Any, model: Any) -> None:
     """Free a context and its model."""
     api.llama_free(context)

@@ -129,6 +129,7 @@ class GgufLanguage(Closing):
         self.n_vocab = int(api.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(api.llama_model_n_embd(model))
         self.pairing = gguf_engine.metadata(api, model, PAIRING_KEY)
+        self.sequence_bytes = n_ctx * gguf_engine.cache_bytes_per_token(api, model)
         self._batch = Batch(api)
         # also runs when the object is dropped without close(); calling it twice does nothing
         self._release = weakref.finalize(self, gguf_engine.free, api, context, model)

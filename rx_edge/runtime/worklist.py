@@ -21,7 +21,7 @@ from typing import Any
 from rx_edge.backends import registry
 from rx_edge.backends.base import Parallel
 from rx_edge.errors import BackendError, RxEdgeError
-from rx_edge.machine import physical_cores
+from rx_edge.machine import memory_free, physical_cores
 from rx_edge.runtime import worklist_slots
 from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import Session, open_checked
@@ -79,10 +79,18 @@ def draft_one(session: Session, index: int, study: Path) -> Result:
 
 
 def default_workers(session: Session) -> int:
-    """One per core where everything runs on the CPU and the weights are shared, else 1."""
-    on_cpu = session.vision.device == session.language.device == "cpu"
+    """One per core and as fit into half of the free memory, where everything runs on the CPU and
+    the weights are shared; else 1.
+    """
+    language = session.language
+    on_cpu = session.vision.device == language.device == "cpu"
     mapped = getattr(registry.load(session.artifact.format), "SHARES_WEIGHTS", False)
-    return physical_cores() if on_cpu and mapped else 1
+    if not (on_cpu and mapped and isinstance(language, Parallel)):
+        return 1
+    tower = session.bundle.manifest.files[session.vision_artifact.file].bytes
+    # its own sequence and the slots'; the engine keeps weights and packed weights of the tower
+    each = language.sequence_bytes * (1 + SLOTS) + 2 * tower
+    return max(1, min(physical_cores(), memory_free() // 2 // each))
 
 
 def _checked_slots(session: Session, slots: int) -> int:

@@ -82,13 +82,21 @@ def test_stopping_early_leaves_no_thread(
 
 
 def test_workers_share_the_cores(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One per core where the weights are shared; a backend that would load them again has one."""
+    """One per core where weights are shared and memory suffices; else one."""
     monkeypatch.setattr(worklist, "physical_cores", lambda: 6)
     with open_session(tiny_bundle) as session:
         assert worklist.default_workers(session) == 6
         with worklist._worker(session, 3) as worker:
             assert worker.generate == replace(session.generate, threads=2)
             assert worker.artifact == session.artifact
+        language: Any = session.language
+        tower = session.bundle.manifest.files[session.vision_artifact.file].bytes
+        each = 5 * language.sequence_bytes + 2 * tower
+        monkeypatch.setattr(worklist, "memory_free", lambda: 2 * 3 * each)
+        assert worklist.default_workers(session) == 3
+        monkeypatch.setattr(worklist, "memory_free", lambda: 0)
+        assert worklist.default_workers(session) == 1
+        monkeypatch.undo()
         monkeypatch.delattr(llm_gguf, "SHARES_WEIGHTS")
         assert worklist.default_workers(session) == 1
 
