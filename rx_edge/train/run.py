@@ -218,14 +218,10 @@ class _Run:
         return FeatureCache(self.out / "features", model.vision, self.recipe.image)
 
     def _fill(self, names: Iterable[str]) -> None:
-        samples = [s for n in sorted(names) for s in self.corpora[n].samples if s.image is not None]
         tower = self.features.tower
         tower.to(self.engine.device)
         with self.engine.main_first():
-            for done, sample in enumerate(samples, 1):
-                with naming(sample) as path:
-                    self.features.fill([path])
-                self.progress("vision features", done, len(samples), "")
+            _fill_features(self.features, [self.corpora[n] for n in sorted(names)], self.progress)
         tower.cpu()
 
     def _start_projector(self, model: ReportModel) -> None:
@@ -277,6 +273,16 @@ class _Run:
                 model, self.corpora[name].split(split), self.recipe.data[name].max_target_tokens
             )
         ]
+
+
+def _fill_features(
+    features: FeatureCache, corpora: Iterable[data.Corpus], progress: Progress
+) -> None:
+    samples = [s for corpus in corpora for s in corpus.samples if s.image is not None]
+    for done, sample in enumerate(samples, 1):
+        with naming(sample) as path:
+            features.fill([path])
+        progress("vision features", done, len(samples), "")
 
 
 def load_trained_stage(model: ReportModel, directory: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_ratio_has_an_interval() -> None:
 def test_a_worklist_is_measured_against_one_by_one(tiny_bundle: Path, studies: list[Path]) -> None:
     found = worklist_study.measure(tiny_bundle, studies, slots=(1, 2), repeats=1)
     assert set(found["ways"]) == {
-        "one by one", "one by one, drafts off", "1 slots", "2 slots",
+        "one by one", "one by one, drafts off", "workers of 1 slots", "workers of 2 slots",
     }  # fmt: skip
     for way in found["ways"].values():
         assert way["reports_per_second"] > 0

@@ -11,6 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from rx_edge.backends import gguf_engine
 from rx_edge.bundle import open_bundle
 from rx_edge.cli import studies
 from rx_edge.errors import UsageError
@@ -18,6 +19,7 @@ from rx_edge_bench import peer_check
 from rx_edge_bench.peer_check import SCHEMA, Said, check, first_difference, judge
 from rx_edge_bench.peer_engines.openvino_lm import VARIABLE
 
+TIE = 0.02  # logits
 PROMPTS = ("The heart size is normal.", "There is a pleural effusion.", "")
 
 
@@ -33,10 +35,11 @@ def test_llama_cpp_python_says_the_same(tiny_bundle: Path) -> None:
         peer = result["peers"][name]
         assert peer["ran"]
         assert peer["settings"]["flash_attn"] is flash
-        assert peer["same_prompt_ids"] == peer["identical"] == len(PROMPTS)
-        assert peer["prompts"] == [
-            {"identical": True, "first_difference": None, "margin": None} for _ in PROMPTS
-        ]
+        assert peer["same_prompt_ids"] == len(PROMPTS)
+        if flash == gguf_engine.FLASH_ATTENTION:
+            assert peer["identical"] == len(PROMPTS)
+        for said in peer["prompts"]:  # with the other attention only a tie may fall otherwise
+            assert said["identical"] or said["margin"] < TIE
         assert "/" not in json.dumps(peer)
     assert max(result["new_tokens"]) > 3  # else there was nothing to compare
 

@@ -66,7 +66,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(UsageError, match="needs .* GB at run time and the recipe allows"):
         export(tiny_run, tmp_path / "out", config=ExportConfig(memory_gb=1e-4))
-    monkeypatch.setattr(plan, "_memory_free", lambda: 1000)
+    monkeypatch.setattr(plan, "memory_free", lambda: 1000)
     with pytest.raises(UsageError, match="GB of memory and 0.0 GB are free"):
         export(tiny_run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -249,6 +249,8 @@ def test_interrupted_it_leaves_no_process_and_what_it_drafted(
     os.mkfifo(pipe)
     order = [str(studies[0]), str(pipe)]
     code = (
+        # who runs the tests in the background may have switched it off
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import pathlib; from rx_edge.runtime import worklist_store; from rx_edge.cli import app;"
         f"worklist_store.studies_below = lambda _: map(pathlib.Path, {order});"
         f"app(['worklist', '.', '--bundle', '{tiny_bundle}', '--out', '{out}', '--workers', '1',"

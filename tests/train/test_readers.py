@@ -302,7 +302,7 @@ def test_training_names_the_study_of_a_corrupt_image(tmp_path: Path) -> None:
     assert image is not None
     corpora.corrupt(image)
     with pytest.raises(InputError, match="study 's50000002': its image is unreadable"):
-        _fill_features(Features(), {"m": result}, lambda *_: None)  # type: ignore[arg-type]
+        _fill_features(Features(), [result], lambda *_: None)  # type: ignore[arg-type]
 
 
 def test_real_openi_counts() -> None:
