@@ -92,7 +92,20 @@ class KnownStart:
         return bool(self._ids[: len(ids)] == ids.tolist())
 
 
-class VisionBackend(Protocol):
+class Managed(Protocol):
+    """`with` closes it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+class VisionBackend(Managed, Protocol):
     """Encoder, pooling and projector in one engine: pixels in, soft prompt out."""
 
     @property
@@ -124,17 +137,8 @@ class VisionBackend(Protocol):
         """Free the engine. Calling it again does nothing."""
         ...
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
-
-class LanguageBackend(Protocol):
+class LanguageBackend(Managed, Protocol):
     """A causal language model with one sequence in its KV cache.
 
     Promises of every implementation:
@@ -232,17 +236,8 @@ class LanguageBackend(Protocol):
         """Free the engine. Calling it again does nothing."""
         ...
 
-    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
-
-class Slots(Protocol):
+class Slots(Managed, Protocol):
     """Several sequences of one language model; a pass reads the weights once for all of them."""
 
     slots: int
@@ -268,15 +263,6 @@ class Slots(Protocol):
             BackendError: as `LanguageBackend.step`.
         """
         ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Many studies: each worker drafts several at once on its share of the cores.
 
-Work on one core wastes nothing: no thread waits for another at every layer, and reading one
+On one core no thread waits for another at every layer, and reading one
 study's file overlaps with decoding another's. The drafts of a worker share its passes. Workers
 share the checked bundle, and where the backend maps its file also the weights. Results come in the
 order of the studies; a study that fails is a result with an error, and the others go on.
@@ -27,8 +27,8 @@ from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result
 
-SLOTS = 4  # of a worker
-AHEAD = 2
+SLOTS = 4  # drafts of a worker
+AHEAD = 2  # results per slot that may wait to be asked for
 
 
 def draft_all(
