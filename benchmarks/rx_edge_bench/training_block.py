@@ -3,9 +3,9 @@
     python -P -m rx_edge_bench.training_block (prepare | rx-edge | trainer) < TASK.json
 
 `trainer` is the plain way: the vision tower in the model's forward (frozen, without gradients),
-padded batches in random order, logits at every position, transformers' own loss. It is spared what
-would be slow for no reason of principle: images are read as prepared pixels, the loss is logged
-without a progress bar, nothing is saved. Learning rates are ours step by step.
+padded batches, logits at every position, transformers' own loss. It is spared what would be slow for
+no reason of principle: images are read as prepared pixels, the loss is logged without a progress
+bar, nothing is saved. Learning rates are ours step by step, and so are the reports of every step.
 
 Does not cover: starting blocks in turn (`training.py`).
 """
@@ -32,7 +32,7 @@ from rx_edge.errors import ConfigError, RxEdgeError
 from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.radiograph import open_radiograph
 from rx_edge.train import data
-from rx_edge.train.batching import Example, examples
+from rx_edge.train.batching import Example, epoch_order, examples
 from rx_edge.train.engine import Engine
 from rx_edge.train.features import FeatureCache
 from rx_edge.train.objective import Objective
@@ -67,7 +67,7 @@ def read_task(plain: dict[str, Any]) -> Task:
     """Model, reports and features of a task; the seed decides the fresh tensors.
 
     Raises:
-        ConfigError: the stage's data has no images.
+        ConfigError: the stage's data has no images, or too few for the steps.
     """
     recipe = from_mapping(TrainRecipe, plain["recipe"], where="task")
     recipe = replace(recipe, seed=plain["seed"], checkpoint_every=10**9)
@@ -92,6 +92,8 @@ def read_task(plain: dict[str, Any]) -> Task:
     table = model.lm.get_input_embeddings().weight
     model.projector.start_at_scale(features(paths[:16]), float(table.std()))
     per_epoch = -(-len(items) // stage.batch_size)
+    if plain["steps"] > per_epoch:
+        raise ConfigError(f"{plain['steps']} steps; an epoch of the stage has {per_epoch}")
     stage = replace(stage, epochs=plain["steps"] / per_epoch, validate_every=0, patience=0)
     return Task(model, stage, items, held_out, features, work, plain["steps"])
 
@@ -164,16 +166,18 @@ class PlainModel(nn.Module):
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Reports as prompt + report ids; the image slot holds placeholders."""
+    """Reports as prompt + report ids in our order; the image slot holds placeholders."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        stage, seed = task.stage, task.model.recipe.seed
+        batches = epoch_order(task.items, stage.batch_size, seed, stage.name, 0)
+        self.task, self.items = task, [example for batch in batches for example in batch]
 
     def __len__(self) -> int:
-        return len(self.task.items)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example, prompt = self.task.items[index], self.task.model.prompt
+        example, prompt = self.items[index], self.task.model.prompt
         assert example.sample.image is not None
         slot = [0] * self.task.model.projector.tokens
         head = [*prompt.before, *slot, *prompt.after]
@@ -222,6 +226,7 @@ def trainer(task: Task) -> dict[str, Any]:
             per_device_train_batch_size=stage.batch_size, max_grad_norm=stage.max_grad_norm,
             save_strategy="no", logging_steps=1, disable_tqdm=True, seed=task.model.recipe.seed,
             remove_unused_columns=False, dataloader_pin_memory=False,
+            train_sampling_strategy="sequential",
             bf16=task.engine.dtype == torch.bfloat16, use_cpu=task.engine.device.type == "cpu",
         ),
         train_dataset=Rows(task), data_collator=padded, optimizers=(optimiser, rates),

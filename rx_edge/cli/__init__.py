@@ -56,6 +56,7 @@ _study.command("attention")(studies.attention)
 _study.command("worklist")(studies.worklist)
 _study.command("gate-honesty")(studies.gate_honesty)
 _study.command("training")(studies.training)
+_study.command("stages")(studies.stages)
 _study.command("labels")(studies.labels)
 _study.command("projection")(studies.projection)
 _bench = typer.Typer(

@@ -273,6 +273,29 @@ def training(
     _deliver(result, out)
 
 
+def stages(
+    first: Annotated[str, typer.Argument(help="name of a shipped recipe, or a TOML file")],
+    second: Annotated[str, typer.Argument(help="the control")],
+    work: Annotated[Path, typer.Option("--work", help="directory of the runs; kept")],
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="default: 0, 1 and 2")] = None,
+    epochs: Annotated[
+        float, typer.Option("--epochs", help="factor on the epochs in which the recipes differ")
+    ] = 1.0,
+    out: JsonFile = None,
+) -> None:
+    """Two recipes at equal optimiser steps, trained with several seeds: loss, study by study."""
+    require_train("accelerate")
+    from rx_edge.config import TrainRecipe
+    from rx_edge.config_io import load_toml
+    from rx_edge.train.recipes import find
+    from rx_edge_bench.stage_comparison import compare
+
+    recipes = [load_toml(find(name), TrainRecipe) for name in (first, second)]
+    with progress() as bars:
+        result = compare(recipes, seeds or (0, 1, 2), work, epochs=epochs, progress=bars)
+    _deliver(result, out)
+
+
 def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)
