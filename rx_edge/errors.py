@@ -12,6 +12,7 @@
     ├── TrainingError            training cannot go on (NaN loss, bad resume) (exit 1)
     ├── ExportError              an artefact cannot be written faithfully     (exit 1)
     ├── BackendError             an inference engine refused or failed        (exit 1)
+    │   └── DeviceMemoryError    the GPU has too little memory for it
     ├── BundleError              a bundle is refused                          (exit 3)
     └── VerificationError        a bundle is not the trained model            (exit 3)
 
@@ -67,6 +68,10 @@ class ExportError(RxEdgeError):
 
 class BackendError(RxEdgeError):
     """An inference engine is unavailable, refused its input or returned nonsense."""
+
+
+class DeviceMemoryError(BackendError):
+    """A model or its KV cache does not fit into the GPU's free memory."""
 
 
 class BundleError(RxEdgeError):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge.backends.gguf_batch import SIZE
-from rx_edge.errors import BackendError
+from rx_edge.backends.gguf_gpu import Gpu, check_context, check_weights
+from rx_edge.errors import BackendError, DeviceMemoryError
 from rx_edge.optional import require
 
 OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 would reserve 100
@@ -23,6 +24,9 @@ OUTPUTS = 32  # logit rows per llama_decode: 32 x 49k floats reserve 6 MB, 512 w
 # batches still matters, which is why production always splits it in the same way.
 FLASH_ATTENTION = True
 
+ALL_LAYERS = 10_000  # more than any model has
+
+_OUT_OF_MEMORY = ("out of memory", "failed to allocate", "unable to allocate")
 _LOG_ERROR, _LOG_CONTINUED = 4, 5  # ggml.h; the enum in llama-cpp-python's logger is outdated
 
 
@@ -63,20 +67,32 @@ def check_file(path: Path) -> None:
         raise BackendError(f"language model {str(path)!r} is not a GGUF file; export it again")
 
 
-def load_model(api: Any, path: Path) -> Any:
-    """Memory-map a model, on the CPU.
+def load_model(api: Any, path: Path, gpu: Gpu | None = None) -> Any:
+    """Memory-map a model: on the CPU, or every layer on `gpu`.
 
     Raises:
+        DeviceMemoryError: it does not fit on the GPU.
         BackendError: llama.cpp refuses it; its reason is in the message.
     """
     params = api.llama_model_default_params()
     params.n_gpu_layers = 0
     params.load_mode = api.LLAMA_LOAD_MODE_MMAP
+    if gpu:
+        check_weights(gpu, path)
+        params.n_gpu_layers = ALL_LAYERS
+        params.split_mode, params.main_gpu = api.LLAMA_SPLIT_MODE_NONE, gpu.index
     last_errors()
     model = api.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise BackendError(f"llama.cpp cannot load {str(path)!r}{reason()}")
+        raise _refusal(f"llama.cpp cannot load {str(path)!r}", gpu)
     return model
+
+
+def _refusal(what: str, gpu: Gpu | None) -> BackendError:
+    """The error with llama.cpp's reason; the allocators of its GPU backends all say so."""
+    why = reason()
+    short = gpu is not None and any(sign in why for sign in _OUT_OF_MEMORY)
+    return (DeviceMemoryError if short else BackendError)(what + why)
 
 
 def new_context(
@@ -88,10 +104,12 @@ def new_context(
     exact: bool = False,
     flash_attention: bool = FLASH_ATTENTION,
     slots: int = 1,
+    gpu: Gpu | None = None,
 ) -> Any:
-    """A context whose `slots` sequences have `n_ctx` tokens each.
+    """A context whose `slots` sequences have `n_ctx` tokens each, where the model is.
 
     Raises:
+        DeviceMemoryError: its cache does not fit on the GPU.
         BackendError: llama.cpp cannot make it.
     """
     params = api.llama_context_default_params()
@@ -102,17 +120,21 @@ def new_context(
     params.n_outputs_max_per_seq = min(OUTPUTS, n_ctx)
     params.n_outputs_max = params.n_outputs_max_per_seq * slots
     params.n_threads = params.n_threads_batch = threads
-    params.offload_kqv = params.op_offload = False  # stay on the CPU in a GPU build as well
+    # without a GPU, stay on the CPU in a GPU build as well
+    params.offload_kqv = params.op_offload = gpu is not None
     params.no_perf = True
     flash = flash_attention and not exact
     params.flash_attn_type = (
         api.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     )
     params.type_k = params.type_v = api.GGML_TYPE_F32 if exact else api.GGML_TYPE_F16
+    if gpu:
+        width = 2 if exact else 1  # float32, not float16
+        check_context(gpu, width * params.n_ctx * cache_bytes_per_token(api, model), params.n_ctx)
     last_errors()
     context = api.llama_init_from_model(model, params)
     if not context:
-        raise BackendError(f"llama.cpp cannot make a context for {str(path)!r}{reason()}")
+        raise _refusal(f"llama.cpp cannot make a context for {str(path)!r}", gpu)
     return context
 
 

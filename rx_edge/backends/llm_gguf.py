@@ -1,4 +1,4 @@
-"""A GGUF language model on the CPU, through llama.cpp's low-level API.
+"""A GGUF language model on the CPU or a GPU, through llama.cpp's low-level API.
 
 The high-level `Llama` class cannot take embeddings, so this drives `llama_decode` itself. A batch
 holds token ids or embeddings, so text next to a soft prompt is looked up on the host
@@ -9,7 +9,10 @@ vocabulary, NaN.
 `exact=True` computes attention plainly with a float32 KV cache: parity with torch is then
 about 1e-5 and a real conversion fault stands out. Production uses a float16 KV cache.
 
-Does not cover: GPU builds of llama.cpp, several sequences (`llm_gguf_parallel.py`), sampling.
+On a GPU every layer is there; the embedding table is still read on the host, so that a soft prompt
+and the text after it go over in one copy.
+
+Does not cover: several sequences (`llm_gguf_parallel.py`), several GPUs, sampling.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
-from rx_edge.backends import gguf_batch, gguf_engine
+from rx_edge.backends import gguf_batch, gguf_engine, gguf_gpu
 from rx_edge.backends.base import (
     PAIRING_KEY,
     KnownStart,
@@ -66,8 +69,9 @@ def open(
     exact: bool = False,
     fused: bool = True,
     flash_attention: bool = gguf_engine.FLASH_ATTENTION,
+    device: str = "cpu",
 ) -> GgufLanguage:
-    """Load a GGUF file (memory-mapped, CPU).
+    """Load a GGUF file (memory-mapped).
 
     Args:
         n_ctx: length of the KV cache in tokens.
@@ -75,9 +79,11 @@ def open(
         exact: float32 KV cache and no flash attention, for parity checks; slower.
         fused: prefill soft prompt and text as one batch; False = one batch for each.
         flash_attention: the fused attention kernel; `exact` never uses it.
+        device: "cpu" or "cuda".
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
+        DeviceMemoryError: the GPU has too little memory for weights or KV cache.
         BackendError: no such file, not a GGUF, refused by llama.cpp (its reason is in the
             message), or `n_ctx` is longer than the model was trained for.
     """
@@ -86,8 +92,11 @@ def open(
         raise BackendError(
             f"n_ctx is {n_ctx} and threads is {threads}; use n_ctx >= 1, threads >= 0"
         )
+    if device not in ("cpu", "cuda"):
+        raise BackendError(f"device is {device!r}; valid: 'cpu', 'cuda'")
     api = gguf_engine.engine()
-    model = gguf_engine.load_model(api, path)
+    gpu = gguf_gpu.first(api) if device == "cuda" else None
+    model = gguf_engine.load_model(api, path, gpu)
     try:
         trained = int(api.llama_model_n_ctx_train(model))
         if n_ctx > trained:
@@ -96,11 +105,15 @@ def open(
                 "ask for less"
             )
         threads = threads or physical_cores()
-        context = gguf_engine.new_context(api, model, path, n_ctx, threads, exact, flash_attention)
+        if gpu:
+            gpu = gguf_gpu.first(api)  # free memory as it is beside the weights
+        context = gguf_engine.new_context(
+            api, model, path, n_ctx, threads, exact, flash_attention, gpu=gpu
+        )
     except BaseException:
         api.llama_model_free(model)
         raise
-    language = GgufLanguage(api, model, context, path, n_ctx, threads)
+    language = GgufLanguage(api, model, context, path, n_ctx, threads, gpu)
     if fused:
         try:
             language.fuse()
@@ -113,12 +126,19 @@ def open(
 class GgufLanguage(Closing):
     """A `LanguageBackend` (see `base.py` for the contract of every method)."""
 
-    device = "cpu"
-
     def __init__(
-        self, api: Any, model: Any, context: Any, path: Path, n_ctx: int, threads: int
+        self,
+        api: Any,
+        model: Any,
+        context: Any,
+        path: Path,
+        n_ctx: int,
+        threads: int,
+        gpu: gguf_gpu.Gpu | None,
     ) -> None:
         self._api, self._model, self._path, self._threads = api, model, path, threads
+        self._gpu = gpu
+        self.device = f"cuda ({gpu.name})" if gpu else "cpu"
         self._context: Any = context
         self._vocab = api.llama_model_get_vocab(model)
         self._memory = api.llama_get_memory(context)
@@ -209,8 +229,9 @@ class GgufLanguage(Closing):
         self._check_open()
         rows = self._rows or EmbeddingRows(self._api._lib, self._path, self.n_vocab, self.n_embd)
         context = gguf_engine.new_context(
-            self._api, self._model, self._path, self._n_ctx, self._threads, slots=slots
-        )
+            self._api, self._model, self._path, self._n_ctx, self._threads, slots=slots,
+            gpu=self._gpu and gguf_gpu.first(self._api),
+        )  # fmt: skip
         sizes = self.n_vocab, self.n_embd
         return GgufParallel(self._api, context, rows, slots=slots, n_ctx=self._n_ctx, sizes=sizes)
 
