@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +24,7 @@ from rx_edge.config_io import from_mapping, to_mapping
 from rx_edge.errors import BundleError, ConfigError
 
 SCHEMA = 2
+PROMPT_SCHEMA = 3  # its prompt says more: an {indication} slot, two views
 MANIFEST = "manifest.json"
 HASHING = 4  # files hashed at once; hashlib lets go of the interpreter's lock
 DRAFTS = "drafts.bin"  # the report-corpus draft index (`rx_edge.draft_index`), where there is one
@@ -102,7 +103,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, schema 2."""
+    """manifest.json, of the oldest schema that can say it (`schema_for`)."""
 
     schema: int = SCHEMA
     name: str = ""
@@ -263,6 +264,13 @@ def pairing_hash(parts: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def schema_for(prompt: PromptConfig) -> int:
+    """The oldest schema of a manifest with this prompt: an older rx-edge reads what it can run."""
+    since: dict[str, int] = {f.name: f.metadata.get("since", SCHEMA) for f in fields(prompt)}
+    slot = PROMPT_SCHEMA if "{indication}" in prompt.template else SCHEMA
+    return max(slot, *(since[name] for name in to_mapping(prompt)))
+
+
 def prompt_hash(prompt: PromptConfig) -> str:
     """The part "prompt" of a pairing."""
     return _config_hash(prompt)
@@ -301,15 +309,20 @@ def _parse(root: Path, raw_bytes: bytes) -> Manifest:
         schema = raw["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{_name(root)} {MANIFEST} is damaged: {error!r}; restore it") from error
-    if schema != SCHEMA:
+    if schema not in (SCHEMA, PROMPT_SCHEMA):
         raise BundleError(
-            f"{_name(root)} its schema is {schema!r}, this rx-edge reads {SCHEMA}; "
-            "update rx-edge or export the model again"
+            f"{_name(root)} its schema is {schema!r}, this rx-edge reads {SCHEMA} and "
+            f"{PROMPT_SCHEMA}; update rx-edge or export the model again"
         )
     try:
         manifest = from_mapping(Manifest, raw, where=MANIFEST)
     except ConfigError as error:
         raise BundleError(f"{_name(root)} {error}") from error
+    if schema < schema_for(manifest.prompt):
+        raise BundleError(
+            f"{_name(root)} its schema is {schema}, but its prompt needs {PROMPT_SCHEMA} (an "
+            f"indication or two views); export it again or restore {MANIFEST}"
+        )
     said = manifest.verification  # a claim of "passed" without passed stages is none
     passed = said.passed and Verdict.of(list(said.stages)).passed
     return replace(manifest, verification=replace(said, passed=passed))

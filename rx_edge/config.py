@@ -15,8 +15,10 @@ from typing import Any, Literal, TypeAlias
 DRAFT_BANNER = "AI DRAFT - NOT FOR DIAGNOSTIC USE - must be checked by a radiologist"
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, since: int | None = None) -> Any:
+    """A setting; `since`: the manifest schema that brought it, see `config_io.to_mapping`."""
+    extra = {} if since is None else {"since": since}
+    return field(default=default, metadata={"help": help_text, **extra})
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,28 @@ class PromptConfig:
 
     The wrapper is the literal text that stock llama.cpp puts around an `internvl` image, so
     that the same weights run there. The instruction comes first: it is constant, so its KV
-    state can be kept between studies.
+    state can be kept between studies. What differs between studies comes after it: the image,
+    then, where the template has `{indication}`, why the study was asked for.
     """
 
     template: str = _option(
         "<|im_start|>user\nWrite the findings of this chest radiograph.\n{image}<|im_end|>\n"
         "<|im_start|>assistant\n",
-        "prompt with exactly one {image} slot",
+        "prompt with exactly one {image} slot, and at most one {indication} slot after it",
     )
     image_begin: str = _option("<img>", "literal text before the soft prompt")
     image_end: str = _option("</img>", "literal text after the soft prompt")
     end_of_report: str = _option("<|im_end|>", "token that ends a report")
     add_bos: bool = _option(False, "start with the tokenizer's BOS token (Llama SPM models)")
+    no_indication: str = _option(
+        "not stated", "text in the {indication} slot of a study that has none", since=3
+    )
+    views: Literal["one", "frontal+lateral"] = _option(
+        "one",
+        "images of a study in the slot: one, or the frontal and, where there is one, the lateral "
+        "image, their soft prompts one after the other",
+        since=3,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,10 +206,11 @@ class CorpusConfig:
     section: Literal["findings", "impression", "both"] = _option(
         "findings", "target; findings: what the image shows, without advice or history"
     )
-    views: Literal["frontal", "all"] = _option(
+    views: Literal["frontal", "all", "frontal+lateral"] = _option(
         "frontal",
         "frontal: the first frontal image of a study (its first image, where the corpus states "
-        "no views); all: every image is a sample",
+        "no views); all: every image is a sample; frontal+lateral: the first frontal image and, "
+        "where there is one, the first lateral image are one sample (prompt.views)",
     )
     skip_bad: bool = _option(
         False, "open every image while reading and leave out what cannot be read, counted"

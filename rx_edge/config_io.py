@@ -61,8 +61,17 @@ def from_mapping(cls: type[T], raw: Mapping[str, Any], *, where: str) -> T:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """Plain JSON-ready data of a config dataclass; the inverse of `from_mapping`."""
-    plain: dict[str, Any] = _listed(dataclasses.asdict(config))
+    """Plain JSON-ready data of a config dataclass; the inverse of `from_mapping`.
+
+    A field with `since` in its metadata, younger than files that exist, is written only where it
+    is not at its default: hashes over older settings stay what they are, and an older rx-edge
+    reads what it can run.
+    """
+    plain: dict[str, Any] = {}
+    for known in dataclasses.fields(config):
+        value = getattr(config, known.name)
+        if "since" not in known.metadata or value != known.default:
+            plain[known.name] = _plain(value)
     return plain
 
 
@@ -96,11 +105,13 @@ def _set(plain: Any, keys: list[str], value: Any, change: str) -> None:
     plain[keys[-1]] = value
 
 
-def _listed(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
     if isinstance(value, Mapping):
-        return {k: _listed(v) for k, v in value.items()}
+        return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_listed(v) for v in value]
+        return [_plain(v) for v in value]
     return value
 
 

@@ -68,6 +68,7 @@ def plan_tables(plan: Plan) -> list[Any]:
     needs.add_row("memory for the export", f"{plan.export_memory / 1e9:.1f}", has_memory)
     needs.add_row("memory of the default pair, running", f"{plan.run_memory / 1e9:.2f}", "")
     needs.add_row("of that the KV cache", f"{plan.kv_cache / 1e9:.3f}", "")
+    needs.add_row("context of prompt and draft, tokens", str(plan.context), str(plan.n_ctx))
     needs.add_row("time for the export (rough)", f"{plan.export_seconds / 60:.1f} min", "")
     return [made, needs]
 

@@ -25,31 +25,47 @@ CONTRAST = 0.15  # 1st to 99th percentile; the least of the 404 was 0.28
 ASPECT = 2.5  # long side / short side; the most extreme of the 404 was 2.23
 POLARITY = -0.1  # middle minus upper corners; 0 of the 404 below, 97 % of them when inverted
 
+FRONTAL, LATERAL = ("PA", "AP"), ("LL", "RL", "LATERAL")  # ViewPosition, PS3.3 C.8.11.5
+
 NGRAM = 5  # words
 NGRAM_TIMES = 3  # occurrences
 
 
-def check_image(radiograph: Radiograph) -> tuple[str, ...]:
-    """Flags on the image that the model is about to see.
+def check_image(radiograph: Radiograph, name: str = "the image") -> tuple[str, ...]:
+    """Flags on an image that the model is about to see.
+
+    Args:
+        name: what a flag calls it.
 
     Raises:
         InputError: the image is blank, so that any draft would be invented.
     """
     pixels = radiograph.pixels
     if float(pixels.max()) - float(pixels.min()) < BLANK:
-        raise InputError("the image is blank: all pixels are equal; check the file and its window")
+        raise InputError(f"{name} is blank: all pixels are equal; check the file and its window")
     flags = []
     short, long = sorted(pixels.shape)
     if short < SHORT_SIDE:
-        flags.append(f"the image is small: {short} pixels on its short side")
+        flags.append(f"{name} is small: {short} pixels on its short side")
     if long > ASPECT * short:
-        flags.append(f"the image's shape is unusual: {long} x {short} pixels")
+        flags.append(f"{name}'s shape is unusual: {long} x {short} pixels")
     low, high = np.percentile(pixels, (1, 99))
     if high - low < CONTRAST:
-        flags.append("the image has very low contrast; check its window")
+        flags.append(f"{name} has very low contrast; check its window")
     if _middle_minus_corners(pixels) < POLARITY:
-        flags.append("the image may be inverted: its middle is darker than its upper corners")
+        flags.append(f"{name} may be inverted: its middle is darker than its upper corners")
     return tuple(flags)
+
+
+def check_views(frontal: str | None, lateral: str | None) -> tuple[str, ...]:
+    """Flags where a file states another view than it is given as; nothing is guessed or swapped.
+
+    Args:
+        frontal, lateral: `Radiograph.view` of the images given as such; None = not stated, or no
+            such image.
+    """
+    given = (("frontal", frontal, LATERAL), ("lateral", lateral, FRONTAL))
+    return tuple(f"the image given as {name} says it is {v}" for name, v, no in given if v in no)
 
 
 def check_text(text: str, *, finish: str) -> tuple[str, ...]:

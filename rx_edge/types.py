@@ -45,6 +45,32 @@ class Radiograph:
 
 
 @dataclass(frozen=True)
+class StudyInput:
+    """What one draft is written from. Where one is asked for, the path of an image will do.
+
+    Attributes:
+        image: DICOM, PNG or JPEG file; the frontal image, where there are two.
+        lateral: the lateral image of the same study, for models that read two views.
+        indication: why the study was asked for, in free text; it may identify a patient, so it is
+            never logged.
+    """
+
+    image: Path
+    lateral: Path | None = None
+    indication: str = ""
+
+    @staticmethod
+    def of(study: StudyInput | Path) -> StudyInput:
+        """An image file alone is a study, too."""
+        return StudyInput(study) if isinstance(study, Path) else study
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files in the order of their soft prompts."""
+        return (self.image,) if self.lateral is None else (self.image, self.lateral)
+
+
+@dataclass(frozen=True)
 class TokenChunk:
     """What the language model produced in one step.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,38 @@ def tiny_bundle(tiny_run: Path, once: Once) -> Path:
     from rx_edge_export.export import export
 
     return once("tiny-bundle", lambda path: export(tiny_run, path))
+
+
+@pytest.fixture(scope="session")
+def asking_run(tiny_run: Path, once: Once) -> Path:
+    """The tiny run with a prompt of two views and an indication; its weights never saw either."""
+    import tomli_w
+
+    from rx_edge.config import TrainRecipe
+    from rx_edge.config_io import load_toml, override, to_mapping
+
+    changes = [
+        'prompt.template="<|im_start|>user\\nWrite the findings.\\n{image}\\nIndication: '
+        '{indication}<|im_end|>\\n<|im_start|>assistant\\n"',
+        'prompt.views="frontal+lateral"',
+    ]
+
+    def make(path: Path) -> None:
+        shutil.copytree(tiny_run, path)
+        recipe = override(load_toml(path / "recipe.toml", TrainRecipe), changes, where="test")
+        (path / "recipe.toml").write_text(tomli_w.dumps(to_mapping(recipe)), "utf-8")
+
+    return once("runs/asking", make)
+
+
+@pytest.fixture(scope="session")
+def asking_bundle(asking_run: Path, once: Once) -> Path:
+    """A verified bundle of it. Tests that damage it work on a copy."""
+    from rx_edge.config import ExportConfig
+    from rx_edge_export.export import export
+
+    config = ExportConfig(language=("gguf:F16", "gguf:F32"))
+    return once("asking-bundle", lambda path: export(asking_run, path, config=config))
 
 
 @pytest.fixture(scope="session")

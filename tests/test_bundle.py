@@ -12,16 +12,21 @@ import pytest
 from rx_edge.bundle import (
     MANIFEST,
     Artifact,
+    Manifest,
     StageResult,
     Verdict,
     image_hash,
     open_bundle,
     pairing_hash,
     prompt_hash,
+    schema_for,
 )
 from rx_edge.config import ImageRecipe, PromptConfig
+from rx_edge.config_io import to_mapping
 from rx_edge.errors import BundleError
 
+# of the default prompt before there were views and indications
+OLD_PROMPT = "5c0e1f04b30bfc061c2611183d087f81a4dda7611fef8c52342351f52b538b68"
 STAGE = {"stage": "pixels", "metric": "max", "value": 0.0, "tolerance": 1.0, "passed": True}
 
 
@@ -64,6 +69,27 @@ def test_sound_bundle_opens(tmp_path: Path) -> None:
         bundle.language("Q8_0")
 
 
+def test_a_prompt_decides_the_schema_and_older_ones_keep_theirs(tmp_path: Path) -> None:
+    plain = PromptConfig()
+    assert schema_for(plain) == Manifest().schema == 2
+    assert prompt_hash(plain) == OLD_PROMPT
+    young = [
+        PromptConfig(views="frontal+lateral"),
+        PromptConfig(template="{image}{indication}"),
+        PromptConfig(no_indication="unknown"),
+    ]
+    for prompt in young:
+        assert schema_for(prompt) == 3
+        parts = {
+            "prompt": prompt_hash(prompt),
+            "image": image_hash(ImageRecipe()),
+            "tokenizer": hashlib.sha256(b"weights").hexdigest(),
+        }
+        changes = {"prompt": to_mapping(prompt), "parts": parts, "pairing": pairing_hash(parts)}
+        assert open_bundle(make(tmp_path, schema=3, **changes)).manifest.prompt == prompt
+    assert len({prompt_hash(prompt) for prompt in [plain, *young]}) == 4
+
+
 def test_what_runs_meanwhile_excuses_no_damage(tmp_path: Path) -> None:
     make(tmp_path)
     (tmp_path / "llm.gguf").write_bytes(b"weightz")
@@ -98,7 +124,12 @@ def test_damaged_manifest(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"schema": 1}, "schema is 1, this rx-edge reads 2; update rx-edge"),
+        ({"schema": 1}, "schema is 1, this rx-edge reads 2 and 3; update rx-edge"),
+        ({"schema": 4}, "schema is 4, this rx-edge reads 2 and 3; update rx-edge"),
+        ({"prompt": {"views": "frontal+lateral"}}, "its schema is 2, but its prompt needs 3"),
+        ({"prompt": {"template": "{image}{indication}"}}, "its schema is 2, but its prompt needs"),
+        ({"prompt": {"no_indication": "unknown"}}, "its schema is 2, but its prompt needs 3"),
+        ({"schema": 3, "prompt": {"vews": "one"}}, "unknown key 'vews'; did you mean 'views'"),
         ({"verificaton": {}}, "unknown key 'verificaton'; did you mean 'verification'"),
         ({"soft_tokens": "64"}, "soft_tokens is '64'; int is expected"),
         ({"files": {"absent.bin": {}}}, "absent.bin: No such file"),

@@ -87,6 +87,60 @@ def test_report_json_is_one_document(tiny_bundle: Path, phantom_study: Path) -> 
     assert len(entries[0]["provenance"]["bundle_sha256"]) == 64
 
 
+def test_report_of_two_views_and_an_indication(
+    asking_bundle: Path, phantom_study: Path, tmp_path: Path
+) -> None:
+    """However the indication comes, the draft is the same, and nothing repeats it."""
+    lateral, words = tmp_path / "lateral.dcm", "Jane Q. Public, cough."
+    lateral.write_bytes(phantom_study.read_bytes())
+    text = tmp_path / "why.txt"
+    text.write_text(words + "\n", "utf-8")
+    command = ["report", phantom_study, "--lateral", lateral, "--bundle", asking_bundle, "--json"]
+    command += ["--max-new-tokens", 12]
+    texts = []
+    for more, typed in (
+        (["--indication", words], None),
+        (["--indication-file", text], None),
+        (["--indication-file", "-"], words),
+    ):
+        result = runner.invoke(app, [*map(str, command), *map(str, more)], input=typed)
+        assert result.exit_code == 0, result.stderr
+        assert "Public" not in result.output
+        (entry,) = json.loads(result.stdout)["reports"]
+        assert (entry["provenance"]["views"], entry["provenance"]["indication"]) == ("2", "yes")
+        assert entry["study"] == str(phantom_study)
+        texts.append(entry["token_ids"])
+    assert texts[0] == texts[1] == texts[2]
+    plain = runner.invoke(app, [*map(str, command)])
+    assert json.loads(plain.stdout)["reports"][0]["token_ids"] != texts[0]
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "message"),
+    [
+        (2, ["--lateral", "{study}"], "--lateral belongs to one study; name one image, not 2"),
+        (2, ["--indication", "Jane"], "--indication belongs to one study"),
+        (2, ["--indication-file", "-"], "--indication-file belongs to one study"),
+        (1, ["--indication", "Jane", "--indication-file", "-"], "exclude each other"),
+        (1, ["--lateral", "absent.dcm"], "'absent.dcm' does not exist"),
+        (1, ["--indication-file", "absent.txt"], "'absent.txt' cannot be read"),
+        (1, ["--indication-file", "{study}"], "is not UTF-8 text"),
+        (1, ["--lateral", "{study}"], "reads one image of a study"),
+        (1, ["--indication", "Jane"], "trained without indications"),
+    ],
+)
+def test_what_makes_no_sense_is_usage(
+    tiny_bundle: Path, phantom_study: Path, images: int, options: list[str], message: str
+) -> None:
+    given = [option.format(study=phantom_study) for option in options]
+    command = ["report", *[str(phantom_study)] * images, "--bundle", str(tiny_bundle), *given]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Jane" not in result.output
+    assert result.stdout == ""
+
+
 def test_a_failed_study_does_not_hide_the_others(
     tiny_bundle: Path, phantom_study: Path, tmp_path: Path
 ) -> None:

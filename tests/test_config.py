@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rx_edge import config
-from rx_edge.config import TrainRecipe
-from rx_edge.config_io import from_mapping, load_toml, to_mapping
+from rx_edge.config import PromptConfig, TrainRecipe
+from rx_edge.config_io import from_mapping, load_toml, override, to_mapping
 from rx_edge.errors import ConfigError
 
 RECIPES = sorted((Path(config.__file__).parent / "train" / "recipes").glob("*.toml"))
@@ -48,6 +48,21 @@ def test_round_trip_is_lossless() -> None:
     recipe = read(FULL)
     assert from_mapping(TrainRecipe, to_mapping(recipe), where="") == recipe
     assert to_mapping(recipe)["stages"][0]["data"] == ["a"]  # JSON-ready: no tuples
+
+
+def test_a_young_field_is_written_only_where_it_says_something() -> None:
+    """Hashes over recipes and prompts of before it stay, and an older rx-edge reads them."""
+    old = {"template", "image_begin", "image_end", "end_of_report", "add_bos"}
+    assert to_mapping(PromptConfig()).keys() == old
+    assert to_mapping(read(FULL))["prompt"].keys() == old
+    changed = override(read(FULL), ["prompt.views=frontal+lateral"], where="r.toml")
+    assert to_mapping(changed)["prompt"].keys() == old | {"views"}
+    assert changed.prompt.views == "frontal+lateral"
+    assert read(to_mapping(changed)) == changed
+    back = override(changed, ["prompt.views=one"], where="r.toml")
+    assert to_mapping(back) == to_mapping(read(FULL))
+    with pytest.raises(ConfigError, match="views is 'two'; valid: 'one', 'frontal\\+lateral'"):
+        override(read(FULL), ["prompt.views=two"], where="r.toml")
 
 
 @pytest.mark.parametrize(

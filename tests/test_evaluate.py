@@ -19,14 +19,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from rx_edge.cli import app
+from rx_edge.config import PromptConfig
 from rx_edge.errors import InputError, ModelError, UsageError
 from rx_edge.evaluate.answers import ask, constant_report
 from rx_edge.evaluate.corpus import Corpus, Study, _digest, _one_a_study, open_corpus
 from rx_edge.evaluate.evaluate import Evaluation, Request, Row, evaluate
 from rx_edge.evaluate.files import csv_text, page
-from rx_edge.evaluate.systems import Settings
+from rx_edge.evaluate.systems import Prompted, Settings
 from rx_edge.metrics import meteor, radeval
 from rx_edge.metrics.protocols import PROTOCOLS
+from rx_edge.types import StudyInput
 
 runner = CliRunner()
 QUICK = ["--max-new-tokens", "12", "--resamples", "100", "--threads", "1"]
@@ -171,18 +173,19 @@ class Scripted:
 
     def __init__(self, draft: str, refused: Sequence[str] = ()) -> None:
         self.about: dict[str, Any] = {"kind": "bundle", "label": "scripted"}
+        self.prompt = PromptConfig()
         self._draft, self._refused = draft, refused
 
-    def encode(self, image: Path) -> Any:
-        if image.name in self._refused:
+    def encode(self, study: StudyInput) -> Prompted:
+        if study.image.name in self._refused:
             raise InputError("refused here")
-        side = np.asarray(Image.open(image), np.float32) / 255
+        side = np.asarray(Image.open(study.image), np.float32) / 255
         half = side.shape[1] // 2
         bright = [side[:, :half].mean(), side[:, half:].mean()]
-        return np.asarray([bright, bright], np.float32)
+        return Prompted(np.asarray([bright, bright], np.float32))
 
-    def write(self, soft: Sequence[Any]) -> list[str]:
-        return [f"{self._draft} {one.mean():.4f}" if self._draft else "" for one in soft]
+    def write(self, prompts: Sequence[Prompted]) -> list[str]:
+        return [f"{self._draft} {one.soft.mean():.4f}" if self._draft else "" for one in prompts]
 
     def __enter__(self) -> Scripted:
         return self
@@ -206,7 +209,7 @@ def test_the_nearest_training_image_is_of_the_same_kind(corpus: Corpus) -> None:
 def test_the_ablated_system_sees_the_mean_of_the_training_images(corpus: Corpus) -> None:
     system = Scripted("draft")
     found = ask(system, corpus, constant_report(corpus), "x", silent)
-    mean = np.mean([system.encode(s.image) for s in corpus.train])
+    mean = np.mean([system.encode(s.given).soft for s in corpus.train])
     assert found.baselines["ablated"] == (f"draft {mean:.4f}",) * 4
     assert len(set(found.drafts)) > 1
 
@@ -238,6 +241,7 @@ def test_empty_drafts_and_refused_images_are_failures(
     text = "Frontal chest radiograph. The lungs are clear. No pneumothorax."
     every = scored(Scripted(text))
     some = scored(Scripted(text, refused=["study-16.jpg", "study-18.jpg"]))
+    assert every["baselines"]["ablated"]["metrics"] == some["baselines"]["ablated"]["metrics"]
     assert (some["empty"], some["refused"]) == (2, 2)
     assert some["metrics"]["rouge_l"]["value"] < every["metrics"]["rouge_l"]["value"]
 
@@ -307,7 +311,7 @@ def test_a_damaged_bundle_is_refused_before_the_run_is_loaded(
 
 def test_one_image_of_a_study_is_scored_a_frontal_one() -> None:
     def study(name: str, of: str, view: str) -> Study:
-        return Study(name, of, view, Path(name), "text")
+        return Study(name, of, view, StudyInput(Path(name)), "text")
 
     images = [
         study("a-1", "a", "lateral"),

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from rx_edge.backends.base import encode_views
 from rx_edge.bundle import Bundle, describe, open_bundle
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import UsageError
@@ -66,11 +67,12 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Held:
-    """One study: what it is, what the encoder sees, and the target ids that are scored."""
+    """One study: what it is, what the model reads, and the target ids that are scored."""
 
     sample: Sample
-    pixels: ImageTensor  # (1, 3, S, S)
+    pixels: ImageTensor  # (V, 3, S, S)
     ids: tuple[int, ...]  # the end token included where the report is complete
+    indication: str
 
 
 @dataclass(frozen=True)
@@ -164,16 +166,19 @@ def read_studies(
 ) -> list[Held]:
     """The studies of `splits` with an image, in an order that does not depend on the file.
 
+    Of each what the model reads: one view or two, its indication or none.
+
     Raises:
         UsageError: there is none.
         ConfigError, InputError: the corpus, or an image in it, cannot be read.
     """
     from rx_edge import image
-    from rx_edge.radiograph import open_radiograph
     from rx_edge.train.batching import examples
     from rx_edge.train.data import pairs_jsonl
+    from rx_edge.train.data.images import open_images
 
-    config = CorpusConfig()
+    views, recipe = model.recipe.prompt.views, model.recipe.image
+    config = CorpusConfig() if views == "one" else CorpusConfig(views=views)
     corpus = pairs_jsonl.read(pairs, config)
     samples = [s for name in splits for s in corpus.split(name) if s.image is not None]
     samples.sort(key=lambda s: hashlib.sha256(s.id.encode()).hexdigest())
@@ -183,9 +188,13 @@ def read_studies(
             f"{limit}; at least one study is needed"
         )
     return [
-        Held(e.sample, image.prepare(open_radiograph(e.sample.image), model.recipe.image), e.ids)
+        Held(
+            sample=e.sample,
+            pixels=np.concatenate([image.prepare(r, recipe) for r in open_images(e.sample)]),
+            ids=e.ids,
+            indication=e.indication,
+        )
         for e in examples(model, samples[:limit], config.max_target_tokens)
-        if e.sample.image is not None
     ]
 
 
@@ -261,10 +270,12 @@ def log_probabilities(logits: FloatArray, ids: Sequence[int]) -> Table:
     return out
 
 
-def bundle_logits(session: Session, soft: SoftPrompt, ids: Sequence[int]) -> FloatArray:
+def bundle_logits(
+    session: Session, soft: SoftPrompt, ids: Sequence[int], indication: str = ""
+) -> FloatArray:
     """The bundle's logits (T, V) that predict each of `ids` after the prompt."""
     session.language.rewind(0)
-    rows = [session.language.prefill(layout(session.prompt, soft))[None]]
+    rows = [session.language.prefill(layout(session.prompt_for(indication), soft))[None]]
     if len(ids) > 1:
         rows.append(session.language.step(np.asarray(ids[:-1], np.int32)))
     out: FloatArray = np.concatenate(rows)
@@ -290,11 +301,12 @@ def _of_torch(
     from rx_edge_export.reference import draft
 
     total = len(studies)
-    plain = [Study(s.sample.id, s.pixels, s.sample.target) for s in studies]
+    plain = [Study(s.sample.id, s.pixels, s.sample.target, s.indication) for s in studies]
     said: Drafts = draft(model, plain, lambda n: progress("torch drafts", n, total, ""))
     nll = []
     for number, (study, soft) in enumerate(zip(studies, said.soft_prompts, strict=True), 1):
-        logits = model.teacher_forced(torch.from_numpy(soft), list(study.ids[:-1])).numpy()
+        fed = list(study.ids[:-1])
+        logits = model.teacher_forced(torch.from_numpy(soft), fed, study.indication).numpy()
         nll.append(-float(log_probabilities(logits, study.ids).sum()))
         progress("torch likelihood", number, total, "")
     return Answers(tuple(nll), said.tokens, _texts(model.tokenizer, said.tokens)), said.margins
@@ -303,10 +315,11 @@ def _of_torch(
 def _of_bundle(session: Session, studies: Sequence[Held], progress: Progress) -> Answers:
     nll, drafts, what = [], [], session.artifact.name
     for number, study in enumerate(studies, 1):
-        soft = session.vision.encode(study.pixels)[0]
-        logits = bundle_logits(session, soft, study.ids)
+        soft = encode_views(session.vision, study.pixels)
+        logits = bundle_logits(session, soft, study.ids, study.indication)
         nll.append(-float(log_probabilities(logits, study.ids).sum()))
-        drafts.append(greedy(session, soft, ()))  # one token at a time, as production decodes
+        # one token at a time, as production decodes
+        drafts.append(greedy(session, soft, (), study.indication))
         progress(what, number, len(studies), "")
     return Answers(tuple(nll), tuple(drafts), _texts(session.tokenizer, drafts))
 

@@ -222,8 +222,8 @@ def _streams(
     out = []
     for number, study in enumerate(studies, 1):
         with torch.inference_mode():
-            soft = model.encoder(torch.from_numpy(study.pixels))[0].numpy()
-        out.append(Stream(model.prompt, soft, study.ids))
+            soft = model.encoder(torch.from_numpy(study.pixels)).flatten(0, 1).numpy()
+        out.append(Stream(model.prompt_for(study.indication), soft, study.ids))
         job.progress(f"encoding {' + '.join(splits)}", number, len(studies), "")
     return out
 
@@ -235,11 +235,15 @@ def _matrices(job: Job, fitted: Sequence[Stream]) -> dict[str, dict[str, FloatAr
     for name in MATRICES[1:]:
         # `collect` adds the end token itself
         seen = [
-            (s.soft if name == "multimodal" else None, [i for i in s.ids if i != s.prompt.end])
+            imatrix.Stream(
+                s.prompt,
+                s.soft if name == "multimodal" else None,
+                [i for i in s.ids if i != s.prompt.end],
+            )
             for s in fitted
         ]
         tick = functools.partial(_tick, job.progress, f"importance matrix: {name}", len(seen))
-        found[name] = imatrix.collect(job.merged, fitted[0].prompt, seen, tick)
+        found[name] = imatrix.collect(job.merged, seen, tick)
     return found
 
 

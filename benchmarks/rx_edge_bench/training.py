@@ -5,7 +5,7 @@ optimiser, learning rates, precision and threads. Blocks of both run in turn, ea
 process (`training_block.py`): tokens per second, where only real tokens count, peak memory, every
 loss, and the loss on the val split at the end, computed for both by the same code. A block's seed
 decides order and dropout; both sides of a pair see the same reports in the same steps, but their
-dropout differs, so that the spread between pairs is the noise a difference in loss is compared with.
+dropout differs: the spread between pairs is the noise that a difference in loss is compared with.
 
 Does not cover: GPUs, several processes, disks (pixels and features are prepared before).
 """

@@ -3,9 +3,9 @@
     python -P -m rx_edge_bench.training_block (prepare | rx-edge | trainer) < TASK.json
 
 `trainer` is the plain way: the vision tower in the model's forward (frozen, without gradients),
-padded batches, logits at every position, transformers' own loss. It is spared what would be slow for
-no reason of principle: images are read as prepared pixels, the loss is logged without a progress
-bar, nothing is saved. Learning rates are ours step by step, and so are the reports of every step.
+padded batches, logits at every position, transformers' own loss. It is spared what would be slow
+for no reason of principle: images are read as prepared pixels, the loss is logged without a
+progress bar, nothing is saved. The reports of every step are ours, and so is its learning rate.
 
 Does not cover: starting blocks in turn (`training.py`).
 """
@@ -67,9 +67,14 @@ def read_task(plain: dict[str, Any]) -> Task:
     """Model, reports and features of a task; the seed decides the fresh tensors.
 
     Raises:
-        ConfigError: the stage's data has no images, or too few for the steps.
+        ConfigError: the stage's data has no images, or too few for the steps, or two views.
     """
     recipe = from_mapping(TrainRecipe, plain["recipe"], where="task")
+    if recipe.prompt.views != "one":
+        raise ConfigError(
+            f"prompt.views is {recipe.prompt.views!r}; the plain way is written for one image of a "
+            "study: set prompt.views = 'one' and the views of its corpora to 'frontal'"
+        )
     recipe = replace(recipe, seed=plain["seed"], checkpoint_every=10**9)
     stage = next(s for s in recipe.stages if s.name == plain["stage"])
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
@@ -177,7 +182,8 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return len(self.items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example, prompt = self.items[index], self.task.model.prompt
+        example = self.items[index]
+        prompt = self.task.model.prompt_for(example.indication)
         assert example.sample.image is not None
         slot = [0] * self.task.model.projector.tokens
         head = [*prompt.before, *slot, *prompt.after]

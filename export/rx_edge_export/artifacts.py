@@ -132,17 +132,18 @@ def drafts(shop: Workshop) -> Drafts:
         said = draft(
             shop.model, studies, lambda n: shop.steps.detail(f"draft {n} of {len(studies)}")
         )
-        save_file({"pixels": said.pixels, "soft_prompts": said.soft_prompts}, file)
+        save_file({str(n): soft for n, soft in enumerate(said.soft_prompts)}, file)
         return {"tokens": said.tokens, "margins": said.margins}
 
     result = shop.steps.run("drafts of the trained model", lambda: [file], make)
-    arrays = load_file(file)
+    soft = load_file(file)
     return Drafts(
         names=tuple(s.name for s in studies),
-        pixels=arrays["pixels"],
-        soft_prompts=arrays["soft_prompts"],
+        pixels=tuple(s.pixels for s in studies),
+        soft_prompts=tuple(soft[str(n)] for n in range(len(studies))),
         tokens=tuple(tuple(ids) for ids in result["tokens"]),
         margins=tuple(tuple(row) for row in result["margins"]),
+        indications=tuple(s.indication for s in studies),
     )
 
 
@@ -170,7 +171,7 @@ def merged(shop: Workshop, canaries: Sequence[str]) -> Merged:
         result = {
             "parts": _parts(model, encoder, shop.merged),
             "stages": [dataclasses.asdict(s) for s in stages],
-            "soft_prompt": list(known[0].soft_prompt.shape),
+            "soft_prompt": [model.projector.tokens, known[0].soft_prompt.shape[1]],
         }
         shop.release()
         return result
@@ -215,7 +216,7 @@ def vision(shop: Workshop, targets: Sequence[Target], pairing: str) -> tuple[Art
 
 def _from_fp32(shop: Workshop, target: Target, source: Path) -> dict[str, Any]:
     out = shop.bundle / target.file
-    images = [study.pixels for study in shop.calibration.fit]
+    images = [view[None] for study in shop.calibration.fit for view in study.pixels]
     choice: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
 
     def make() -> dict[str, Any]:
@@ -301,11 +302,10 @@ def _imatrix(shop: Workshop) -> dict[str, FloatArray]:
     file = shop.steps.work / "imatrix.safetensors"
 
     def make() -> dict[str, Any]:
-        streams, prompt = _streams(shop), shop.model.prompt
+        streams = _streams(shop)
         shop.release()
         matrix = imatrix.collect(
             shop.merged,
-            prompt,
             streams,
             lambda n: shop.steps.detail(f"importance matrix: study {n} of {len(streams)}"),
         )
@@ -317,20 +317,20 @@ def _imatrix(shop: Workshop) -> dict[str, FloatArray]:
     return loaded
 
 
-def _streams(shop: Workshop) -> list[tuple[FloatArray | None, list[int]]]:
+def _streams(shop: Workshop) -> list[imatrix.Stream]:
     """What the model sees: soft prompts with the reports that were written, or with its own."""
     studies = shop.calibration.fit
     written = [s for s in studies if s.report]
-    model = shop.model
-    said = draft(model, written or studies[:FIT_TEXTS])
+    studies, model = tuple(written) or studies[:FIT_TEXTS], shop.model
+    said = draft(model, studies)
     if written:
         texts = [encode(model.tokenizer, s.report) for s in written]
     else:
         texts = [list(ids) for ids in said.tokens]
-    soft = shop.config.imatrix == "multimodal"
+    multimodal = shop.config.imatrix == "multimodal"
     return [
-        (prompt if soft else None, ids)
-        for prompt, ids in zip(said.soft_prompts, texts, strict=True)
+        imatrix.Stream(model.prompt_for(study.indication), soft if multimodal else None, ids)
+        for study, soft, ids in zip(studies, said.soft_prompts, texts, strict=True)
     ]
 
 

@@ -4,7 +4,8 @@ Two disjoint sets: `fit` is what int8 ranges and importance matrices are compute
 is what whole drafts are compared on. From a corpus, `fit` comes from its training split and
 `check` from the others. Without a corpus both are made from the canary studies by small seeded
 changes (a few degrees, percent and grey levels): real pixels, but not many patients, and the
-manifest says so.
+manifest says so. A variation has no indication, and as its lateral image, where the model reads
+one, another variation: what matters is that both are in their places.
 
 Does not cover: reference drafts (`reference.py`).
 """
@@ -21,14 +22,16 @@ from PIL import Image
 
 from rx_edge import image
 from rx_edge.bundle import describe
-from rx_edge.config import CorpusConfig, ImageRecipe
+from rx_edge.config import CorpusConfig, ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError, RxEdgeError
+from rx_edge.prompting import takes_indication
 from rx_edge.radiograph import open_radiograph
 from rx_edge.train.data import Sample, pairs_jsonl
 from rx_edge.types import FloatArray, ImageTensor, Radiograph
 from rx_edge_export import phantom
 
 MINIMUM = 50  # studies to compare drafts on; fewer cannot show a rare flip
+_PLAIN = PromptConfig()
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Study:
     """One calibration study; `report` is "" where nobody wrote one."""
 
     name: str
-    pixels: ImageTensor  # (1, 3, S, S)
+    pixels: ImageTensor  # (V, 3, S, S)
     report: str
+    indication: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,18 @@ class Calibration:
 
 
 def load(
-    source: Path | None, canaries: Sequence[Path], recipe: ImageRecipe, count: int
+    source: Path | None,
+    canaries: Sequence[Path],
+    recipe: ImageRecipe,
+    count: int,
+    prompt: PromptConfig = _PLAIN,
 ) -> Calibration:
     """Read or make `count` studies for each set.
 
     Args:
         source: a pairs.jsonl or its directory; None = variations of `canaries`, or of synthetic
             phantoms where there are none.
+        prompt: of the model, which says what of a study it reads.
 
     Raises:
         ExportError: fewer than `MINIMUM` asked for, or too few in the corpus.
@@ -66,12 +75,15 @@ def load(
     if count < MINIMUM:
         raise ExportError(f"studies is {count}; at least {MINIMUM} are needed to compare drafts on")
     if source is None:
-        return _varied(canaries, recipe, count)
-    return _from_corpus(source, recipe, count)
+        return _varied(canaries, recipe, count, prompt)
+    return _from_corpus(source, recipe, count, prompt)
 
 
-def _from_corpus(source: Path, recipe: ImageRecipe, count: int) -> Calibration:
-    corpus = pairs_jsonl.read(source, CorpusConfig())
+def _from_corpus(
+    source: Path, recipe: ImageRecipe, count: int, prompt: PromptConfig
+) -> Calibration:
+    config = CorpusConfig() if prompt.views == "one" else CorpusConfig(views=prompt.views)
+    corpus = pairs_jsonl.read(source, config)
     splits = (("train",), ("val", "test"))
     sets: list[tuple[Study, ...]] = []
     for names in splits:
@@ -83,23 +95,25 @@ def _from_corpus(source: Path, recipe: ImageRecipe, count: int) -> Calibration:
                 f"{str(source)!r} has {len(samples)} studies in {' + '.join(names)}; "
                 f"at least {MINIMUM} are needed: add some, or leave --calibration out"
             )
-        sets.append(tuple(_study(sample, recipe) for sample in samples[:count]))
+        sets.append(tuple(_study(sample, recipe, prompt) for sample in samples[:count]))
     file = source / "pairs.jsonl" if source.is_dir() else source
     fit, check = sets
     origin = f"corpus of {len(corpus.samples)} studies"
     return Calibration(fit, check, origin, describe(file).sha256)
 
 
-def _study(sample: Sample, recipe: ImageRecipe) -> Study:
-    assert sample.image is not None
+def _study(sample: Sample, recipe: ImageRecipe, prompt: PromptConfig) -> Study:
     try:
-        pixels = image.prepare(open_radiograph(sample.image), recipe)
+        pixels = [image.prepare(open_radiograph(path), recipe) for path in sample.images]
     except RxEdgeError as error:
         raise ExportError(f"calibration study {sample.id!r}: {error}") from error
-    return Study(sample.id, pixels, sample.target)
+    indication = sample.indication if takes_indication(prompt) else ""
+    return Study(sample.id, np.concatenate(pixels), sample.target, indication)
 
 
-def _varied(canaries: Sequence[Path], recipe: ImageRecipe, count: int) -> Calibration:
+def _varied(
+    canaries: Sequence[Path], recipe: ImageRecipe, count: int, prompt: PromptConfig
+) -> Calibration:
     originals = [open_radiograph(path).pixels for path in canaries]
     origin = f"variations of {len(originals)} real canary studies"
     if not originals:
@@ -108,11 +122,16 @@ def _varied(canaries: Sequence[Path], recipe: ImageRecipe, count: int) -> Calibr
     digest = hashlib.sha256()
     for pixels in originals:
         digest.update(image.pixel_sha256(pixels).encode())
+
+    def variation(seed: int) -> ImageTensor:
+        pixels = vary(originals[seed % len(originals)], seed=seed)
+        return image.prepare(Radiograph(pixels, image.pixel_sha256(pixels)), recipe)
+
+    laterals = () if prompt.views == "one" else (2 * count + 1,)
     studies = []
     for number in range(2 * count):
-        pixels = vary(originals[number % len(originals)], seed=number)
-        radiograph = Radiograph(pixels, image.pixel_sha256(pixels))
-        studies.append(Study(f"variation-{number}", image.prepare(radiograph, recipe), ""))
+        views = [variation(number + apart) for apart in (0, *laterals)]
+        studies.append(Study(f"variation-{number}", np.concatenate(views), ""))
     return Calibration(tuple(studies[:count]), tuple(studies[count:]), origin, digest.hexdigest())
 
 

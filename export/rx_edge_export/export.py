@@ -84,10 +84,12 @@ def export(
         raise UsageError("llm_exporter 'optimum' makes onnx:fp32 only; leave other --llm onnx out")
     _check_target(out, force)
     recipe = plan.recipe_of(run)
+    if config.stock:
+        stock.refuse_two_views(recipe.prompt)
     corpus = draft_corpus.load(run, recipe, config.drafts_from)
     plan.refuse_unfit(plan.make(run, config, out.parent, corpus), config.memory_gb)
     source = Path(config.calibration) if config.calibration else None
-    studies = calibration.load(source, canaries, recipe.image, config.studies)
+    studies = calibration.load(source, canaries, recipe.image, config.studies, recipe.prompt)
     key = _key(run, config, canaries, studies, corpus)
     total = plan.steps(eyes, mouths, config) + bool(corpus.reports)
     with Steps(out.parent / f".{out.name}.partial", key, total, progress) as steps:

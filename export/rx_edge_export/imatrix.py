@@ -10,6 +10,7 @@ Does not cover: the quantisation (`gguf_quantize.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,30 @@ from rx_edge.types import FloatArray, SoftPrompt
 from rx_edge_export import gguf_architectures
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What the model reads of one study.
+
+    Attributes:
+        soft: (N, D) inside the prompt, or None for text alone.
+        report: its ids, the end token excluded.
+    """
+
+    prompt: PromptIds
+    soft: SoftPrompt | None
+    report: Sequence[int]
+
+
 @torch.inference_mode()
 def collect(
     merged_dir: Path,
-    prompt: PromptIds,
-    streams: Sequence[tuple[SoftPrompt | None, Sequence[int]]],
+    streams: Sequence[Stream],
     tick: Callable[[int], None] = lambda _: None,
 ) -> dict[str, FloatArray]:
     """Run `streams` through the merged float32 model.
 
     Args:
         merged_dir: the merged language model, a Hugging Face directory.
-        streams: soft prompt (N, D), or None for text alone, and the ids of a report.
 
     Returns:
         GGUF tensor name -> float32 (columns,): mean of the squared inputs.
@@ -53,10 +66,11 @@ def collect(
         out: torch.Tensor = table(torch.tensor(list(ids), dtype=torch.long))
         return out
 
-    for number, (soft, report) in enumerate(streams):
-        middle = [] if soft is None else [torch.from_numpy(soft)]
-        parts = [embed(prompt.before), *middle, embed([*prompt.after, *report, prompt.end])]
-        model(inputs_embeds=torch.cat(parts)[None], use_cache=False)
+    for number, one in enumerate(streams):
+        prompt, middle = one.prompt, [] if one.soft is None else [torch.from_numpy(one.soft)]
+        after = [*prompt.after, *one.report, prompt.end]
+        embeds = torch.cat([embed(prompt.before), *middle, embed(after)])
+        model(inputs_embeds=embeds[None], use_cache=False)
         tick(number + 1)
     return sums.means()
 

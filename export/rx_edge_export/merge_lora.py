@@ -185,7 +185,7 @@ def _load_into(lm: torch.nn.Module, merged_dir: Path) -> None:
 @torch.inference_mode()
 def _compare(model: ReportModel, canary: Canary) -> StageResult:
     with model.adapter_off():  # the base weights are the merged ones now
-        found = model.teacher_forced(canary.soft_prompt, [])[0]
+        found = model.teacher_forced(canary.soft_prompt, [], canary.indication)[0]
     error = float((found - canary.logits).abs().max() / canary.logits.abs().max())
     return StageResult(
         stage="merge",

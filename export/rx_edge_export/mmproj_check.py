@@ -31,7 +31,7 @@ from rx_edge.atomic import replacing
 from rx_edge.bundle import StageResult
 from rx_edge.config import ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
-from rx_edge.prompting import PromptIds
+from rx_edge.prompting import PromptIds, filled
 from rx_edge.radiograph import open_radiograph
 from rx_edge.types import FloatArray, ImageTensor, Radiograph, SoftPrompt
 from rx_edge_export.libmtmd import Bytes, Stock
@@ -150,13 +150,14 @@ def check_prompt(
     """Refuse a language file for which a stock engine would see other token ids than we do.
 
     Args:
+        wanted: the trained ids of a study without an indication.
         size: side of the encoder's image in pixels.
 
     Raises:
         ExportError: the first difference, with ids.
     """
     with Stock(mmproj, llm) as stock:
-        found = stock.prompt(prompt.template, size)
+        found = stock.prompt(filled(prompt), size)
     for side, ours, theirs in zip(
         ("before", "after"), (wanted.before, wanted.after), found, strict=True
     ):

@@ -20,12 +20,21 @@ from typing import Any
 from safetensors import safe_open
 
 from rx_edge.bundle import DRAFTS
-from rx_edge.config import ExportConfig, TrainRecipe
+from rx_edge.config import ExportConfig, GenerateConfig, TrainRecipe
 from rx_edge.config_io import load_toml
 from rx_edge.errors import ModelError, UsageError
 from rx_edge.machine import memory_free
 from rx_edge.model.catalogue import locate
+from rx_edge.model.language import tokenizer_file
 from rx_edge.model.parts import PARTS, trained_parts
+from rx_edge.model.projector import soft_tokens
+from rx_edge.model.vision import grid_of
+from rx_edge.prompting import (
+    MAX_INDICATION_TOKENS,
+    load_tokenizer,
+    prompt_ids,
+    takes_indication,
+)
 from rx_edge_export import draft_corpus, gguf_architectures, targets
 from rx_edge_export.draft_corpus import DraftCorpus
 from rx_edge_export.gguf_architectures import Architecture, Tensor
@@ -68,12 +77,15 @@ class Plan:
     """What an export would need. Bytes and seconds.
 
     Attributes:
+        context: tokens of the longest prompt and draft; n_ctx must hold them.
         run_memory: of the bundle's default pair: weights + KV cache + buffers + vision.
         export_disk: at the peak: artefacts and intermediate files.
         export_memory: of the exporting process at its peak.
     """
 
     rows: tuple[Row, ...]
+    context: int
+    n_ctx: int
     kv_cache: int
     run_memory: int
     export_disk: int
@@ -86,6 +98,11 @@ class Plan:
     def problems(self, memory_gb: float) -> list[str]:
         """Why this cannot work, in words for the user."""
         found = []
+        if self.context > self.n_ctx:
+            found.append(
+                f"the longest prompt and a whole draft have {self.context} tokens and n_ctx is "
+                f"{self.n_ctx}; add --set n_ctx={-(-self.context // 512) * 512}"
+            )
         if self.export_disk > self.disk_free:
             found.append(
                 f"the export needs {self.export_disk / GB:.1f} GB of disk and "
@@ -134,6 +151,8 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
     floats = 4 * (spoken + seen)
     return Plan(
         rows=tuple(rows),
+        context=context(recipe),
+        n_ctx=config.n_ctx,
         kv_cache=kv,
         run_memory=_first(rows, "vision") + _first(rows, "llm"),
         export_disk=sum(files.values()) + between,
@@ -143,6 +162,17 @@ def make(run: Path, config: ExportConfig, where: Path, corpus: DraftCorpus | Non
         memory_free=memory_free(),
         notes=tuple(notes),
     )
+
+
+def context(recipe: TrainRecipe) -> int:
+    """Tokens of the longest prompt (all views, the longest indication) and the longest draft."""
+    prompt = recipe.prompt
+    ids = prompt_ids(prompt, load_tokenizer(tokenizer_file(recipe.model.language)))
+    each = soft_tokens(recipe.model, grid_of(recipe.model.vision, recipe.image.size))
+    views = 1 if prompt.views == "one" else 2
+    indication = MAX_INDICATION_TOKENS if takes_indication(prompt) else 0
+    draft = GenerateConfig().max_new_tokens - 1  # its last token is never fed back
+    return len(ids.before) + views * each + len(ids.after) + indication + draft
 
 
 def recipe_of(run: Path) -> TrainRecipe:

@@ -18,7 +18,15 @@ from typing import Any
 
 import rx_edge
 from rx_edge.backends.llm_onnx import sidecars
-from rx_edge.bundle import MANIFEST, Artifact, FileEntry, Manifest, Verdict, describe
+from rx_edge.bundle import (
+    MANIFEST,
+    Artifact,
+    FileEntry,
+    Manifest,
+    Verdict,
+    describe,
+    schema_for,
+)
 from rx_edge.config import GenerateConfig, TrainRecipe
 from rx_edge.config_io import to_mapping
 from rx_edge_export import draft_corpus, sbom
@@ -46,6 +54,7 @@ def compose(
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     files = _described(shop.bundle, recipe.name, merged.pairing, _licences(shop, recipe))
     return Manifest(
+        schema=schema_for(recipe.prompt),
         name=recipe.name,
         created=now,
         intended_use=INTENDED_USE,

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from rx_edge.bundle import Artifact, StageResult
-from rx_edge.config import GenerateConfig
+from rx_edge.config import GenerateConfig, PromptConfig
 from rx_edge.errors import UsageError
 from rx_edge.types import FloatArray, ImageTensor
 from rx_edge_export import libmtmd, mmproj_check, mmproj_gguf, stock_files
@@ -32,6 +32,20 @@ def refuse_without_gguf(mouths: Sequence[Target]) -> None:
     """
     if not any(t.format == "llm_gguf" for t in mouths):
         raise UsageError("stock = true needs a GGUF language model; add --llm gguf:Q8_0")
+
+
+def refuse_two_views(prompt: PromptConfig) -> None:
+    """Stock llama.cpp puts <img> and </img> around each image; two views share one pair of them.
+
+    Raises:
+        UsageError: the model reads two views.
+    """
+    if prompt.views != "one":
+        raise UsageError(
+            f"stock = true, but this model was trained with prompt.views = {prompt.views!r}: two "
+            "images inside one <img></img>, and stock llama.cpp wraps each image in its own; "
+            "export with stock = false, or train with prompt.views = 'one'"
+        )
 
 
 def mmproj(shop: Workshop, name: str, pairing: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ versions differ in whether the picture comes before or after the text and in the
 them (llama.cpp pull requests 23467 and 19595). So the whole trained prompt is in the template, and
 the user sends the picture alone: nothing is left to differ. `draft.sh` sends the prompt literally.
 
+Where the prompt has an {indication} slot, the templates state none, and `draft.sh` takes one.
+
 llama-server, llama-mtmd-cli, Ollama and LM Studio were never run by us, and the README says so.
 What is checked at export goes through libmtmd, llama.cpp's library (`mmproj_check.py`).
 
@@ -22,6 +24,7 @@ from rx_edge.atomic import replacing
 from rx_edge.config import DRAFT_BANNER, GenerateConfig, ImageRecipe, PromptConfig
 from rx_edge.errors import ExportError
 from rx_edge.optional import require
+from rx_edge.prompting import INDICATION, MAX_INDICATION_TOKENS, filled, takes_indication
 from rx_edge_export.libmtmd import MARKER
 
 DIRECTORY = "stock"
@@ -78,11 +81,11 @@ def write(
 
 
 def literal(prompt: PromptConfig) -> str:
-    """The prompt as stock llama.cpp wants it: the marker in the image slot.
+    """The prompt as stock llama.cpp wants it: the marker in the image slot, no indication.
 
     The wrapper <img>...</img> is not in it: libmtmd adds it.
     """
-    return prompt.template.replace("{image}", MARKER)
+    return filled(prompt).replace("{image}", MARKER)
 
 
 def chat_template(prompt: PromptConfig) -> str:
@@ -103,7 +106,7 @@ def own_template_fits(template: str, prompt: PromptConfig) -> bool:
     if not template:
         return False
     head, found, tail = render(template, _PROBE).partition(_PROBE)
-    text = prompt.template
+    text = filled(prompt)
     if not found or not text.startswith(head) or not text.endswith(tail):
         return False
     return "{image}" in text[len(head) : len(text) - len(tail)]
@@ -132,7 +135,7 @@ def render(template: str, content: str) -> str:
 
 
 def _sides(prompt: PromptConfig) -> tuple[str, str]:
-    head, _, tail = prompt.template.partition("{image}")
+    head, _, tail = filled(prompt).partition("{image}")
     return head, tail
 
 
@@ -158,29 +161,47 @@ def _server(names: Names, generate: GenerateConfig) -> str:
 
 
 def _draft(prompt: PromptConfig, generate: GenerateConfig) -> str:
-    hole = "@PNG@"
+    picture, slot = "@PNG@", "@INDICATION@"
+    text = prompt.template.replace("{image}", MARKER).replace(INDICATION, slot)
     body = json.dumps(
         {
-            "prompt": {"prompt_string": literal(prompt), "multimodal_data": [hole]},
+            "prompt": {"prompt_string": text, "multimodal_data": [picture]},
             "n_predict": generate.max_new_tokens,
             "temperature": 0,
             "cache_prompt": False,
             "stop": [prompt.end_of_report],
         }
     )
-    before, _, after = body.partition(hole)
+    before, _, after = body.partition(picture)
+    start, found, rest = before.partition(slot)
+    usage, asked = _indication_lines(prompt, rest) if found else ("", "")
     return (
         "#!/bin/sh\n"
         f"{_comment()}"
         "# draft.sh PICTURE.png [URL]: asks a running run-llama-server.sh for a draft, as JSON.\n"
         "# The picture is the one that `rx-edge prepare` writes, nothing else.\n"
+        f"{usage}"
         "set -eu\n"
-        f"before={shlex.quote(before)}\n"
+        f"before={shlex.quote(start)}\n"
+        f"{asked}"
         f"after={shlex.quote(after)}\n"
         'printf \'%s%s%s\' "$before" "$(base64 < "$1" | tr -d \'\\n\')" "$after" |\n'
         '  curl -sS -H "Content-Type: application/json" --data-binary @- \\\n'
         '    "${2:-http://127.0.0.1:8080}/completion"\n'
     )
+
+
+def _indication_lines(prompt: PromptConfig, rest: str) -> tuple[str, str]:
+    """How `draft.sh` is given an indication, and the lines that put it into the JSON, escaped."""
+    usage = "# INDICATION in the environment says why the study was asked for, in plain words.\n"
+    asked = (
+        "indication=${INDICATION:-}\n"
+        f'[ -n "$indication" ] || indication={shlex.quote(prompt.no_indication)}\n'
+        "indication=$(printf '%s' \"$indication\" | tr '[:cntrl:]' ' ' |\n"
+        "  sed 's/[\\\\\"]/\\\\&/g')\n"
+        f"before=$before$indication{shlex.quote(rest)}\n"
+    )
+    return usage, asked
 
 
 def _modelfile(names: Names, prompt: PromptConfig, generate: GenerateConfig) -> str:
@@ -220,6 +241,9 @@ def _readme(
     own_template: str,
 ) -> str:
     own = _own_template(own_template, prompt)
+    indication = _INDICATION.format(
+        none=json.dumps(prompt.no_indication, ensure_ascii=False), most=MAX_INDICATION_TOKENS
+    )
     return _README.format(
         banner=DRAFT_BANNER,
         llm=names.llm,
@@ -234,6 +258,7 @@ def _readme(
         marker=MARKER,
         end=prompt.end_of_report,
         prompt=json.dumps(literal(prompt), ensure_ascii=False),
+        indication=indication if takes_indication(prompt) else "",
     )
 
 
@@ -265,7 +290,7 @@ padding). Stock programs resize with other filters, and a PNG of the original is
 `{marker}` is the picture; libmtmd puts `<img>` and `</img>` around it. The language model
 {own}.
 So always give `chat-template.jinja`, which holds the whole prompt, and send **the picture alone,
-without text**. Temperature 0, no repeat penalty, stop at `{end}`.
+without text**. Temperature 0, no repeat penalty, stop at `{end}`.{indication}
 
 ## llama.cpp
 
@@ -297,3 +322,15 @@ canary picture against the trained model, and the token ids around it. Not run: 
 llama-mtmd-cli, Ollama, LM Studio. llama-server's options were read in its documentation (November
 2026), those of the others were not checked.
 """
+
+_INDICATION = """
+
+## The indication
+
+This model also reads why the study was asked for. {none} stands in its place where nobody says,
+as in `chat-template.jinja` and in the Modelfile. `draft.sh` takes another text:
+
+    INDICATION='Cough and fever.' stock/draft.sh study.png
+
+At most {most} tokens on one line, in plain words: `rx-edge report` cuts a longer one and refuses
+control tokens, a stock program does neither."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rx_edge.backends.base import encode_views
 from rx_edge.metrics.labels import flips
 from rx_edge.prompting import layout
 from rx_edge.runtime.session import Session
@@ -47,15 +48,18 @@ class Comparison:
 
 def encode(session: Session, drafts: Drafts) -> list[SoftPrompt]:
     """The session's soft prompt of every study; its language half may change without them."""
-    return [session.vision.encode(pixels[None])[0] for pixels in drafts.pixels]
+    return [encode_views(session.vision, pixels) for pixels in drafts.pixels]
 
 
 def compare(session: Session, drafts: Drafts, soft_prompts: Sequence[SoftPrompt]) -> Comparison:
     """Draft every study from its soft prompt (`encode`) and count what differs."""
     counts = {"negation": 0, "side": 0, "finding": 0}
     changed = tied = facts = 0
-    for soft, wanted, margins in zip(soft_prompts, drafts.tokens, drafts.margins, strict=True):
-        found = greedy(session, soft, wanted)
+    asked = drafts.indications or ("",) * len(drafts.tokens)
+    for soft, wanted, margins, indication in zip(
+        soft_prompts, drafts.tokens, drafts.margins, asked, strict=True
+    ):
+        found = greedy(session, soft, wanted, indication)
         text = session.tokenizer.decode(list(wanted), skip_special_tokens=True)
         other = session.tokenizer.decode(list(found), skip_special_tokens=True)
         difference = flips(text, other)
@@ -79,7 +83,9 @@ def _first_difference(wanted: tuple[int, ...], found: tuple[int, ...]) -> int:
     return min(len(wanted), len(found))
 
 
-def greedy(session: Session, soft_prompt: SoftPrompt, proposal: tuple[int, ...]) -> tuple[int, ...]:
+def greedy(
+    session: Session, soft_prompt: SoftPrompt, proposal: tuple[int, ...], indication: str = ""
+) -> tuple[int, ...]:
     """The bundle's greedy tokens, the end token excluded, at most `DRAFT_TOKENS`.
 
     Args:
@@ -87,7 +93,7 @@ def greedy(session: Session, soft_prompt: SoftPrompt, proposal: tuple[int, ...])
     """
     language, end = session.language, session.prompt.end
     language.rewind(0)
-    logits = language.prefill(layout(session.prompt, soft_prompt))
+    logits = language.prefill(layout(session.prompt_for(indication), soft_prompt))
     start = language.position
     accepted: list[int] = []
     token = int(logits.argmax())

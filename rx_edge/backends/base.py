@@ -138,6 +138,15 @@ class VisionBackend(Managed, Protocol):
         ...
 
 
+def encode_views(vision: VisionBackend, pixels: FloatArray) -> SoftPrompt:
+    """The images of one study (V, 3, S, S) -> its soft prompt (V * N, D), in their order.
+
+    One after the other: engines are tuned for one image.
+    """
+    parts = [vision.encode(pixels[view : view + 1])[0] for view in range(len(pixels))]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
 class LanguageBackend(Managed, Protocol):
     """A causal language model with one sequence in its KV cache.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
@@ -30,7 +30,7 @@ Images = Annotated[
 SplitFile = Annotated[
     Path | None, typer.Option("--split-file", help="JSON of study ids per split (Open-i, Kaggle)")
 ]
-Views = Annotated[str | None, typer.Option("--views", help="frontal or all")]
+Views = Annotated[str | None, typer.Option("--views", help="frontal, all or frontal+lateral")]
 
 
 def check(
@@ -139,11 +139,11 @@ def _print(found: Check) -> None:
     from rich.table import Table
 
     table = Table(title=f"{found.name} ({found.reader}, {found.section}, {found.views})")
-    for column in ("split", "samples", "studies", "patients", "with image"):
+    columns = ("split", "samples", "studies", "patients", "with image", "lateral", "indication")
+    for column in columns:
         table.add_column(column, justify="left" if column == "split" else "right")
     for split, counts in found.splits.items():
-        figures = (counts.samples, counts.studies, counts.patients, counts.with_image)
-        table.add_row(split, *map(str, figures))
+        table.add_row(split, *(str(figure) for figure in asdict(counts).values()))
     console = Console(soft_wrap=True)
     console.print(table)
     for line in _lines(found):

@@ -29,6 +29,7 @@ def demo(
     from rx_edge.model.catalogue import DEMO_PACKAGES, fetched_dir
     from rx_edge.model.fetch import fetch
     from rx_edge.runtime.session import open_session
+    from rx_edge.types import StudyInput
 
     if not (run / "final").is_dir():
         raise UsageError(f"{str(run)!r} holds no trained model; run this in a checkout of rx-edge")
@@ -42,7 +43,7 @@ def demo(
         for note in session.notes:
             say(note)
         typer.echo(f"\n{study.name}\n")
-        entry = draft_one(session, study, stream=True)
+        entry = draft_one(session, StudyInput(study), stream=True)
     from rich.console import Console
 
     from rx_edge.display import timings_table

@@ -26,7 +26,7 @@ from rx_edge.errors import RxEdgeError, UsageError
 
 if TYPE_CHECKING:
     from rx_edge.runtime.session import Session
-    from rx_edge.types import Report
+    from rx_edge.types import Report, StudyInput
 
 
 def _help(setting: str) -> str:
@@ -39,6 +39,16 @@ def _help(setting: str) -> str:
 def report(
     images: Annotated[list[Path], typer.Argument(help="DICOM, PNG or JPEG files")],
     bundle: BundleOption,
+    lateral: Annotated[
+        Path | None, typer.Option("--lateral", help="lateral image of the one IMAGE's study")
+    ] = None,
+    indication: Annotated[
+        str | None,
+        typer.Option("--indication", help="why it was asked for; other users may see it in `ps`"),
+    ] = None,
+    indication_file: Annotated[
+        str | None, typer.Option("--indication-file", help="the same from a text file; - = stdin")
+    ] = None,
     as_json: JsonFlag = False,
     vision: VisionChoice = None,
     llm: LanguageChoice = None,
@@ -49,10 +59,10 @@ def report(
     no_drafts: NoDrafts = False,
     allow_unverified: Unverified = False,
 ) -> None:
-    """Draft a report for each image, streamed."""
+    """Draft a report for each image, streamed; or for one study of two views."""
     from rx_edge.runtime.session import open_session
 
-    _refuse_missing(images)
+    studies = _studies(images, lateral, indication, indication_file)
     session = open_session(
         bundle,
         vision=vision,
@@ -66,11 +76,11 @@ def report(
         for note in session.notes:
             say(note)
         entries, worst = [], 0
-        for image in images:
+        for study in studies:
             try:
-                entries.append(draft_one(session, image, stream=not as_json))
+                entries.append(draft_one(session, study, stream=not as_json))
             except RxEdgeError as error:
-                entries.append({"study": str(image), "error": str(error)})
+                entries.append({"study": str(study.image), "error": str(error)})
                 worst = max(worst, exit_code(error))
                 typer.echo(f"rx-edge: {error}", err=True)
         if as_json:
@@ -93,10 +103,10 @@ def prepare(
     say(f"written: {out} ({recipe.size} x {recipe.size})")
 
 
-def draft_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any]:
+def draft_one(session: Session, study: StudyInput, *, stream: bool) -> dict[str, Any]:
     from rx_edge.runtime.pipeline import draft
 
-    chunks = draft(session, image)
+    chunks = draft(session, study)
     started = False
     while True:
         try:
@@ -115,7 +125,37 @@ def draft_one(session: Session, image: Path, *, stream: bool) -> dict[str, Any]:
         typer.echo("" if started else finished.banner)
         for flag in finished.flags:
             typer.echo(f"! {flag}")
-    return {"study": str(image), **dataclasses.asdict(finished)}
+    return {"study": str(study.image), **dataclasses.asdict(finished)}
+
+
+def _studies(
+    images: list[Path], lateral: Path | None, indication: str | None, indication_file: str | None
+) -> list[StudyInput]:
+    from rx_edge.types import StudyInput
+
+    if indication is not None and indication_file is not None:
+        raise UsageError("--indication and --indication-file exclude each other; leave one")
+    alone = {
+        "--lateral": lateral,
+        "--indication": indication,
+        "--indication-file": indication_file,
+    }
+    for option, value in alone.items():
+        if value is not None and len(images) != 1:
+            raise UsageError(f"{option} belongs to one study; name one image, not {len(images)}")
+    _refuse_missing(images if lateral is None else [*images, lateral])
+    text = _text(indication_file) if indication_file is not None else indication or ""
+    return [StudyInput(image, lateral, text) for image in images]
+
+
+def _text(file: str) -> str:
+    try:
+        raw = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return raw.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"{file!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{file!r} is not UTF-8 text") from None
 
 
 def _refuse_missing(images: list[Path]) -> None:

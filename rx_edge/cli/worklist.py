@@ -1,4 +1,4 @@
-"""`rx-edge worklist`: a directory of studies, many at once, resumable."""
+"""`rx-edge worklist`: a directory or a list of studies, many at once, resumable."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,11 @@ from rx_edge.cli.common import (
     say,
 )
 from rx_edge.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rx_edge.types import StudyInput
 
 
 @dataclass
@@ -42,7 +47,13 @@ class Engine(StrEnum):
 
 
 def worklist(
-    directory: Annotated[Path, typer.Argument(help="directory with DICOM, PNG or JPEG files")],
+    studies: Annotated[
+        Path,
+        typer.Argument(
+            help="directory with DICOM, PNG or JPEG files, or a .jsonl list of studies: image, and "
+            "perhaps lateral and indication, one study a line"
+        ),
+    ],
     bundle: BundleOption,
     out: Annotated[Path, typer.Option("--out", help="directory for one JSON file per study")],
     workers: Annotated[
@@ -65,17 +76,17 @@ def worklist(
     as_json: JsonFlag = False,
     allow_unverified: Unverified = False,
 ) -> None:
-    """Draft every study of a directory; run it again to go on where it stopped."""
+    """Draft every study of a directory or a list; run it again to go on where it stopped."""
     if ray_address and engine is not Engine.ray:
         raise UsageError(f"--ray-address {ray_address} needs --engine ray")
     if slots > 1 and engine is Engine.ray:
         raise UsageError(f"--slots {slots} and --engine ray exclude each other; leave one")
+    from rx_edge.runtime.pipeline import refuse_unread
     from rx_edge.runtime.session import open_session
-    from rx_edge.runtime.worklist_store import Store, studies_below
+    from rx_edge.runtime.study_list import studies_in
+    from rx_edge.runtime.worklist_store import Store
 
-    studies = list(studies_below(directory))
-    if not studies:
-        raise UsageError(f"{str(directory)!r} holds no files; name a directory with studies")
+    listed = studies_in(studies)
     if engine is Engine.ray:
         from rx_edge.runtime.worklist_ray import import_ray
 
@@ -83,32 +94,40 @@ def worklist(
     with open_session(
         bundle, vision=vision, language=llm, threads=threads, allow_unverified=allow_unverified
     ) as session:
+        for study in listed:
+            refuse_unread(session.bundle.manifest.prompt, study)
         for note in session.notes:
             say(note)
         store = Store(out.absolute(), session)
         if engine is Engine.ray:
-            tally = _on_ray(session, store, studies, directory, workers, ray_address)
+            tally = _on_ray(session, store, listed, studies, workers, ray_address)
         else:
-            tally = _here(session, store, studies, workers, slots)
+            tally = _here(session, store, listed, workers, slots)
         store.finish(tally.keys)
-    _summary(tally, len(studies), out, as_json=as_json)
+    _summary(tally, len(listed), out, as_json=as_json)
 
 
-def _here(session: Any, store: Any, studies: list[Path], workers: int, slots: int) -> _Tally:
+def _here(
+    session: Any, store: Any, studies: Sequence[StudyInput], workers: int, slots: int
+) -> _Tally:
     from rx_edge.runtime.worklist import draft_all
 
     tally = _Tally()
+    waiting: list[tuple[StudyInput, str]] = []
     for study in studies:
         try:
-            tally.keys.append((study, store.key(study)))
+            key = store.key(study)
         except InputError as error:
             tally.failed += 1
             say(f"rx-edge: {error}")
-    waiting = [(study, key) for study, key in tally.keys if not store.done(key)]
+            continue
+        tally.keys.append((study.image, key))
+        if not store.done(key):
+            waiting.append((study, key))
     tally.kept = len(tally.keys) - len(waiting)
     with progress() as bars:
-        paths = [study for study, _ in waiting]
-        results = draft_all(session, paths, workers=workers, slots=slots)
+        rest = [study for study, _ in waiting]
+        results = draft_all(session, rest, workers=workers, slots=slots)
         for done, result in enumerate(results, start=1):
             store.put(waiting[result.index][1], result)
             tally.failed += result.report is None
@@ -120,18 +139,18 @@ def _here(session: Any, store: Any, studies: list[Path], workers: int, slots: in
 def _on_ray(
     session: Any,
     store: Any,
-    studies: list[Path],
-    directory: Path,
+    studies: Sequence[StudyInput],
+    source: Path,
     workers: int,
     address: str | None,
 ) -> _Tally:
     """The same, but workers find out what is done: here, an archive would be read twice."""
     from rx_edge.runtime.worklist_ray import draft_all, job_for
 
-    job = job_for(session, store, directory)
+    job, images = job_for(session, store, source), [study.image for study in studies]
     session.close()  # every worker has its own
     tally, before, keys = _Tally(), store.reports(), [""] * len(studies)
-    drafting = closing(draft_all(job, studies, workers=workers, address=address))
+    drafting = closing(draft_all(job, images, workers=workers, address=address))
     # Ray tells of lost workers on stdout, which belongs to the one document
     with redirect_stdout(sys.stderr), drafting as outcomes, progress() as bars:
         for done, outcome in enumerate(outcomes, start=1):
@@ -143,7 +162,7 @@ def _on_ray(
             if outcome.unread:
                 say(f"rx-edge: {outcome.unread}")
             bars("drafting", done, len(studies), f"{tally.failed} failed" if tally.failed else "")
-    tally.keys = [(study, key) for study, key in zip(studies, keys, strict=True) if key]
+    tally.keys = [(image, key) for image, key in zip(images, keys, strict=True) if key]
     return tally
 
 

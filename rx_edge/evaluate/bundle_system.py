@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rx_edge.evaluate.systems import Settings
-from rx_edge.prompting import layout
+from rx_edge.evaluate.systems import Prompted, Settings
+from rx_edge.prompting import fitted_indication, layout
 from rx_edge.runtime.decoding import decode
-from rx_edge.runtime.pipeline import new_draft, open_study, text_of
+from rx_edge.runtime.pipeline import encode, new_draft, open_study, text_of
 from rx_edge.runtime.session import open_session
-from rx_edge.types import SoftPrompt, Timings
+from rx_edge.types import StudyInput, Timings
 
 
 class BundleSystem:
@@ -28,6 +28,7 @@ class BundleSystem:
             allow_unverified=settings.allow_unverified,
         )
         session = self._session
+        self.prompt = session.bundle.manifest.prompt
         self.about: dict[str, Any] = {
             "kind": "bundle",
             "label": path.resolve().name,
@@ -39,19 +40,19 @@ class BundleSystem:
             "language": f"{session.artifact.name} on {session.language.device}",
         }
 
-    def encode(self, image: Path) -> SoftPrompt:
-        """One image file -> (N, D_lm)."""
-        _, pixels = open_study(self._session, image)
-        soft: SoftPrompt = self._session.vision.encode(pixels)[0]
-        return soft
+    def encode(self, study: StudyInput) -> Prompted:
+        """Its V images -> (V N, D_lm), with the indication fitted."""
+        opened, pixels = open_study(self._session, study)
+        indication, _ = fitted_indication(self._session.tokenizer, study.indication)
+        return Prompted(encode(self._session, pixels, opened.timings), indication)
 
-    def write(self, soft: Sequence[SoftPrompt]) -> list[str]:
+    def write(self, prompts: Sequence[Prompted]) -> list[str]:
         """One draft after the other, as `rx-edge report` decodes."""
-        return [self._write(one) for one in soft]
+        return [self._write(one) for one in prompts]
 
-    def _write(self, soft: SoftPrompt) -> str:
+    def _write(self, given: Prompted) -> str:
         session, timings = self._session, Timings()
-        segments = layout(session.prompt, soft)
+        segments = layout(session.prompt_for(given.indication), given.soft)
         timings.prompt_tokens = sum(map(len, segments))
         session.language.rewind(0)
         logits = session.language.prefill(segments)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rx_edge.config import CorpusConfig
+from rx_edge.config import CorpusConfig, PromptConfig
 from rx_edge.errors import UsageError
 from rx_edge.metrics.protocols import Protocol, Tokeniser, tokeniser
+from rx_edge.prompting import takes_indication
 from rx_edge.train.data import Sample, guess, read
+from rx_edge.train.data.studies import BOTH
+from rx_edge.types import StudyInput
 
 SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True)
 class Study:
-    """One image with its reference report.
+    """What a system is given, with its reference report.
 
     Attributes:
         study: equal for the images of one study.
-        view: "frontal", "lateral" or None.
+        view: of the first image: "frontal", "lateral" or None.
+        given: more than a system may read, see `read_by`.
     """
 
     id: str
     study: str
     view: str | None
-    image: Path
+    given: StudyInput
     text: str
 
 
@@ -54,16 +58,19 @@ def open_corpus(
     limit: int | None,
     train_limit: int,
     reader: str | None = None,
+    prompts: Sequence[PromptConfig] = (),
 ) -> Corpus:
-    """Read a corpus with a training reader; one image of each study is scored.
+    """Read a corpus with a training reader; every study is scored once.
 
     Args:
         limit, train_limit: at most so many studies, the same ones every time.
         reader: of `rx_edge.train.data`; None = by the corpus's layout.
+        prompts: of the systems: what any of them reads is read, for the same studies.
 
     Raises:
         UsageError: no such split or no study to score; the protocol needs training reports.
-        ConfigError: the corpus cannot be read, or a patient is in two splits.
+        ConfigError: the corpus cannot be read, or does not state views where a system reads two,
+            or a patient is in two splits.
     """
     if split not in SPLITS:
         raise UsageError(
@@ -71,7 +78,9 @@ def open_corpus(
             "training image is itself)"
         )
     name: Any = reader or guess(path)  # `read` refuses what is no reader
-    corpus = read("evaluate", CorpusConfig(reader=name, path=str(path)))
+    two = any(prompt.views == BOTH for prompt in prompts)
+    config = CorpusConfig(reader=name, path=str(path), views=BOTH if two else "frontal")
+    corpus = read("evaluate", config)
     train = _by_hash(_usable(corpus.split("train")))
     if protocol.rare_below and not train:
         raise UsageError(f"protocol {protocol.name} needs training reports, and there are none")
@@ -98,14 +107,34 @@ def open_corpus(
             "nothing left under the protocol": len(first) - len(scored),
             "over --limit": len(scored) - len(scored[:limit]),
         },
+        **_beside_an_image(prompts, scored[:limit]),
     }
     return Corpus(tuple(scored[:limit]), tuple(train[:train_limit]), tokens, note)
+
+
+def read_by(prompt: PromptConfig, study: StudyInput) -> StudyInput:
+    """`study` without what a system with this prompt does not read."""
+    return StudyInput(
+        study.image,
+        study.lateral if prompt.views == BOTH else None,
+        study.indication if takes_indication(prompt) else "",
+    )
+
+
+def _beside_an_image(prompts: Sequence[PromptConfig], studies: Sequence[Study]) -> dict[str, int]:
+    """How many studies have what some system reads beside one image."""
+    found = {}
+    if any(prompt.views == BOTH for prompt in prompts):
+        found["with_lateral"] = sum(s.given.lateral is not None for s in studies)
+    if any(map(takes_indication, prompts)):
+        found["with_indication"] = sum(bool(s.given.indication) for s in studies)
+    return found
 
 
 def _usable(samples: Iterable[Sample]) -> list[Study]:
     """Those with an image and a whole report."""
     return [
-        Study(s.id, s.study or s.id, s.view, s.image, s.target)
+        Study(s.id, s.study or s.id, s.view, StudyInput(s.image, s.lateral, s.indication), s.target)
         for s in samples
         if s.image is not None and s.complete
     ]

@@ -118,7 +118,7 @@ def evaluate(
         raise UsageError(f"{len(systems)} systems are named; one is scored, two are compared")
     radeval.check(request.radeval)
     chosen = protocol(request.protocol)
-    kinds = [check(path, settings) for path in systems]
+    checked = [check(path, settings) for path in systems]
     corpus = open_corpus(
         request.data,
         request.split,
@@ -126,10 +126,11 @@ def evaluate(
         request.limit,
         request.train_limit,
         request.reader,
+        [prompt for _, prompt in checked],
     )
     same = constant_report(corpus)
     said = []
-    for path, what in zip(systems, kinds, strict=True):
+    for path, (what, _) in zip(systems, checked, strict=True):
         with open_system(path, settings) as system:  # one at a time: each may fill the memory
             said.append(ask(system, corpus, same, f"{what} {path.resolve().name}", tick))
     with _meteor() as (meteor, no_meteor):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from rx_edge.bundle import MANIFEST, open_bundle
-from rx_edge.config import GenerateConfig
+from rx_edge.config import GenerateConfig, PromptConfig, TrainRecipe
+from rx_edge.config_io import load_toml
 from rx_edge.errors import UsageError
-from rx_edge.types import SoftPrompt
+from rx_edge.types import SoftPrompt, StudyInput
 
 Kind: TypeAlias = Literal["run", "bundle"]
 
@@ -34,20 +35,35 @@ class Settings:
     allow_unverified: bool = False
 
 
+@dataclass(frozen=True)
+class Prompted:
+    """What a draft is written from.
+
+    Attributes:
+        soft: of V images, (V N, D_lm).
+        indication: as it stands in the prompt; "" = not stated.
+    """
+
+    soft: SoftPrompt
+    indication: str = ""
+
+
 class System(AbstractContextManager["System"], Protocol):
-    """Something that turns a radiograph into a draft, in two steps."""
+    """Something that turns a study into a draft, in two steps."""
 
     about: dict[str, Any]  # JSON-ready: what it is and what runs where; no path
+    prompt: PromptConfig  # says what it reads: how many views, and whether an indication
 
-    def encode(self, image: Path) -> SoftPrompt:
-        """The soft prompt (N, D_lm) of an image file.
+    def encode(self, study: StudyInput) -> Prompted:
+        """The soft prompt of the study's images, and its indication.
 
         Raises:
-            UsageError, InputError: the file is no usable chest radiograph.
+            UsageError, InputError: a file is no usable chest radiograph, the indication spells out
+                a special token, or the system does not read what the study has.
         """
 
-    def write(self, soft: Sequence[SoftPrompt]) -> list[str]:
-        """The greedy draft after each soft prompt."""
+    def write(self, prompts: Sequence[Prompted]) -> list[str]:
+        """The greedy draft after each."""
 
 
 def kind(path: Path) -> Kind:
@@ -66,19 +82,21 @@ def kind(path: Path) -> Kind:
     )
 
 
-def check(path: Path, settings: Settings) -> Kind:
-    """What `path` is; a bundle is checked too, before another system works for an hour.
+def check(path: Path, settings: Settings) -> tuple[Kind, PromptConfig]:
+    """What `path` is and reads; a bundle is checked too, before another system works for an hour.
 
     Raises:
         UsageError: neither a finished run nor a bundle.
         BundleError: the bundle is refused, or has no such artefact.
+        ConfigError: the run's recipe is wrong.
     """
     found = kind(path)
-    if found == "bundle":
-        bundle = open_bundle(path, allow_unverified=settings.allow_unverified)
-        bundle.vision(settings.vision)
-        bundle.language(settings.language)
-    return found
+    if found == "run":
+        return found, load_toml(path / "recipe.toml", TrainRecipe).prompt
+    bundle = open_bundle(path, allow_unverified=settings.allow_unverified)
+    bundle.vision(settings.vision)
+    bundle.language(settings.language)
+    return found, bundle.manifest.prompt
 
 
 def open_system(path: Path, settings: Settings) -> System:

@@ -28,7 +28,7 @@ class Projector(nn.Module):
         super().__init__()
         self.pooling, self.grid = config.pooling, grid
         self.shuffle = config.pooling == "pixel-shuffle-2x2"
-        self.pool, self.tokens = _pooling(config, grid, width)
+        self.pool, self.tokens = _pooling(config, grid, width), soft_tokens(config, grid)
         inner = width * (4 if self.shuffle else 1)
         if config.projector == "linear":
             self.net = nn.Sequential(nn.Linear(inner, lm_width))
@@ -56,14 +56,22 @@ class Projector(nn.Module):
         last.weight.mul_(factor)
 
 
-def _pooling(config: ModelConfig, grid: int, width: int) -> tuple[nn.Module, int]:
-    """The pooling module and how many tokens it leaves."""
+def soft_tokens(config: ModelConfig, grid: int) -> int:
+    """N of a `Projector` over grid x grid features."""
     if config.pooling == "none":
-        return nn.Identity(), grid * grid
+        return grid * grid
+    if config.pooling == "resampler":
+        return config.queries
+    return int((grid // int(config.pooling[-1])) ** 2)
+
+
+def _pooling(config: ModelConfig, grid: int, width: int) -> nn.Module:
+    if config.pooling == "none":
+        return nn.Identity()
     if config.pooling == "resampler":
         if config.queries < 1:
             raise ModelError(f"model.queries is {config.queries}; at least 1")
-        return _Resampler(config.queries, width), config.queries
+        return _Resampler(config.queries, width)
     side = int(config.pooling[-1])  # "average-3x3"
     if grid % side:
         needs = "an even patch grid" if side == 2 else f"a patch grid that {side} divides"
@@ -71,8 +79,7 @@ def _pooling(config: ModelConfig, grid: int, width: int) -> tuple[nn.Module, int
             f"pooling {config.pooling!r} needs {needs}, this tower has {grid}; choose an image "
             "size of such a number of patches, pooling = 'resampler' or pooling = 'none'"
         )
-    blocks = _Blocks(grid, side, join=config.pooling.startswith("pixel-shuffle"))
-    return blocks, (grid // side) ** 2
+    return _Blocks(grid, side, join=config.pooling.startswith("pixel-shuffle"))
 
 
 class _Blocks(nn.Module):

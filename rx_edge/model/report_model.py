@@ -11,9 +11,9 @@ Does not cover: optimisation (`rx_edge.train`) and any deployed format (`rx_edge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file
@@ -50,7 +50,7 @@ class ReportModel(nn.Module):
 
     Attributes:
         lm: the peft-wrapped causal LM; `adapter_off()` gives the base model's answers.
-        prompt: token ids around the image slot.
+        prompt: token ids around the image slot of a study without an indication.
     """
 
     def __init__(self, recipe: TrainRecipe) -> None:
@@ -88,10 +88,17 @@ class ReportModel(nn.Module):
         out: torch.Tensor = table(torch.tensor(list(ids), dtype=torch.long))
         return out
 
-    def prompt_embeddings(self, soft: torch.Tensor | None) -> torch.Tensor:
+    def prompt_for(self, indication: str) -> PromptIds:
+        """Token ids around the image slot of a study with this (fitted) indication."""
+        if not indication:
+            return self.prompt
+        return prompt_ids(self.recipe.prompt, self.tokenizer, indication)
+
+    def prompt_embeddings(self, soft: torch.Tensor | None, indication: str = "") -> torch.Tensor:
         """Prompt around `soft` (N, D_lm), or around nothing for text-only -> (T, D_lm)."""
         middle = [] if soft is None else [soft]
-        return torch.cat([self.embed(self.prompt.before), *middle, self.embed(self.prompt.after)])
+        prompt = self.prompt_for(indication)
+        return torch.cat([self.embed(prompt.before), *middle, self.embed(prompt.after)])
 
     @contextlib.contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -100,24 +107,25 @@ class ReportModel(nn.Module):
             yield
 
     @torch.inference_mode()
-    def teacher_forced(self, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    def teacher_forced(
+        self, soft: torch.Tensor, ids: list[int], indication: str = ""
+    ) -> torch.Tensor:
         """Logits (1 + len(ids), V) after the prompt and after each of `ids`."""
-        embeds = (
-            torch.cat([self.prompt_embeddings(soft), self.embed(ids)])
-            if ids
-            else (self.prompt_embeddings(soft))
-        )
+        embeds = self.prompt_embeddings(soft, indication)
+        if ids:
+            embeds = torch.cat([embeds, self.embed(ids)])
         out: torch.Tensor = self.lm(
             inputs_embeds=embeds[None], use_cache=False, logits_to_keep=len(ids) + 1
         ).logits[0]
         return out
 
     @torch.inference_mode()
-    def greedy(self, soft: torch.Tensor, max_new_tokens: int) -> list[int]:
+    def greedy(self, soft: torch.Tensor, max_new_tokens: int, indication: str = "") -> list[int]:
         """Greedy token ids after the prompt, the end token excluded."""
         step = self.lm(
-            inputs_embeds=self.prompt_embeddings(soft)[None], use_cache=True, logits_to_keep=1
-        )
+            inputs_embeds=self.prompt_embeddings(soft, indication)[None],
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
         ids: list[int] = []
         while len(ids) < max_new_tokens:
             token = int(step.logits[0, -1].argmax())
@@ -132,20 +140,41 @@ class ReportModel(nn.Module):
         return ids
 
 
+Answer: TypeAlias = tuple[list[int], list[float]]
+
+
 @torch.inference_mode()
 def greedy_batch(
-    model: ReportModel, soft: torch.Tensor, max_new_tokens: int
-) -> list[tuple[list[int], list[float]]]:
-    """`ReportModel.greedy` for soft prompts (B, N, D_lm) at once.
+    model: ReportModel,
+    soft: Sequence[torch.Tensor] | torch.Tensor,
+    max_new_tokens: int,
+    indications: Sequence[str] = (),
+) -> list[Answer]:
+    """`ReportModel.greedy` for several soft prompts (N, D_lm), those of equal length at once.
+
+    Args:
+        indications: one per soft prompt; empty = none has one.
 
     Returns:
         For each: token ids without the end token, and by how many logits each of them was
         preferred to the next best; the end token's margin comes last.
     """
-    prompts = torch.stack([model.prompt_embeddings(row) for row in soft])
+    texts = indications or [""] * len(soft)
+    prompts = [model.prompt_embeddings(row, text) for row, text in zip(soft, texts, strict=True)]
+    alike: dict[int, list[int]] = {}  # prompts of one length need no padding, which would be seen
+    for number, prompt in enumerate(prompts):
+        alike.setdefault(len(prompt), []).append(number)
+    out: dict[int, Answer] = {}
+    for rows in alike.values():
+        found = _greedy_rows(model, torch.stack([prompts[i] for i in rows]), max_new_tokens)
+        out.update(zip(rows, found, strict=True))
+    return [out[number] for number in range(len(prompts))]
+
+
+def _greedy_rows(model: ReportModel, prompts: torch.Tensor, max_new_tokens: int) -> list[Answer]:
     step = model.lm(inputs_embeds=prompts, use_cache=True, logits_to_keep=1)
-    out: list[tuple[list[int], list[float]]] = [([], []) for _ in soft]
-    open_rows = set(range(len(soft)))
+    out: list[Answer] = [([], []) for _ in prompts]
+    open_rows = set(range(len(prompts)))
     for _ in range(max_new_tokens):
         best = step.logits[:, -1].topk(2, dim=-1)
         for row in sorted(open_rows):

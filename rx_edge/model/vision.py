@@ -102,14 +102,7 @@ def load_vision(name: str, image_size: int, layer: int = 0) -> VisionTower:
         ModelError: unsupported family, a size or layer that it does not have, missing weights.
     """
     where, hf = source(locate(name)), transformers()
-    config = hf.AutoConfig.from_pretrained(**where)
-    if config.model_type not in _FAMILIES:
-        raise ModelError(
-            f"vision tower {name!r} is a {config.model_type!r}; supported: "
-            f"{', '.join(sorted(_FAMILIES))}"
-        )
-    family = _FAMILIES[config.model_type]
-    config = getattr(config, "vision_config", config)
+    family, config = _family(name)
     if family is _SIGLIP:
         config.vision_use_head = False
     layer = layer or family.layer
@@ -123,6 +116,16 @@ def load_vision(name: str, image_size: int, layer: int = 0) -> VisionTower:
             "a randomly initialised part would be silently wrong"
         )
     return VisionTower(encoder.eval(), image_size, layer)
+
+
+def grid_of(name: str, image_size: int) -> int:
+    """`VisionTower.grid` of the tower `name`, from its config alone.
+
+    Raises:
+        ModelError: unsupported family, or not here.
+    """
+    _, config = _family(name)
+    return image_size // int(config.patch_size) // _merging(config)
 
 
 def add_lora(tower: VisionTower, settings: LoraSettings) -> None:
@@ -165,6 +168,17 @@ def check_normalisation(name: str, image: ImageRecipe) -> None:
                 f"image.{ours} is {list(value)}, but {name!r} was trained with {list(wanted)}; "
                 f"set image.{ours} = {list(wanted)}"
             )
+
+
+def _family(name: str) -> tuple[_Family, Any]:
+    """How the tower `name` is loaded, and the config of its vision part."""
+    config = transformers().AutoConfig.from_pretrained(**source(locate(name)))
+    if config.model_type not in _FAMILIES:
+        raise ModelError(
+            f"vision tower {name!r} is a {config.model_type!r}; supported: "
+            f"{', '.join(sorted(_FAMILIES))}"
+        )
+    return _FAMILIES[config.model_type], getattr(config, "vision_config", config)
 
 
 def _merging(config: Any) -> int:

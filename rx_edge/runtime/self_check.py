@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from safetensors.numpy import load_file
 
-from rx_edge.backends.base import VisionBackend
+from rx_edge.backends.base import VisionBackend, encode_views
 from rx_edge.bundle import Artifact, Bundle
 from rx_edge.errors import BundleError
 from rx_edge.types import FloatArray
@@ -44,7 +44,7 @@ def check(bundle: Bundle, artifact: Artifact, vision: VisionBackend) -> None:
         )
     for canary in bundle.manifest.canaries:
         golden = load_file(bundle.path(canary.rpartition(".")[0] + ".safetensors"))
-        found = vision.encode(golden["pixels"])[0]
+        found = encode_views(vision, golden["pixels"])
         errors = soft_prompt_errors(found, golden["soft_prompt"])
         if not all(e <= limit for e, limit in zip(errors, limits, strict=True)):  # NaN fails
             raise BundleError(

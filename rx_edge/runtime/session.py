@@ -30,6 +30,7 @@ class Session(Closing):
     """A loaded bundle.
 
     Attributes:
+        prompt: token ids around the image slot of a study without an indication.
         drafter: proposes tokens, which the language model verifies; None = switched off.
         notes: sentences for the user about what was chosen and why.
         warnings: what the verification said about the artefacts in use; flags of every draft.
@@ -49,6 +50,16 @@ class Session(Closing):
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     unverified: bool
+
+    def prompt_for(self, indication: str) -> PromptIds:
+        """Token ids around the image slot of a study; "" = the indication is not stated.
+
+        Raises:
+            InputError: this model takes none, or a control token is in it.
+        """
+        if not indication:
+            return self.prompt
+        return prompt_ids(self.bundle.manifest.prompt, self.tokenizer, indication)
 
     def close(self) -> None:
         """Free both engines."""

@@ -25,7 +25,7 @@ from rx_edge.machine import memory_free, physical_cores
 from rx_edge.runtime import worklist_slots
 from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import Session, open_checked
-from rx_edge.types import Report, Result
+from rx_edge.types import Report, Result, StudyInput
 
 SLOTS = 4  # drafts of a worker
 AHEAD = 2  # results per slot that may wait to be asked for
@@ -33,7 +33,7 @@ AHEAD = 2  # results per slot that may wait to be asked for
 
 def draft_all(
     session: Session,
-    studies: Sequence[Path],
+    studies: Sequence[StudyInput | Path],
     *,
     workers: int = 0,
     slots: int = 0,
@@ -56,7 +56,7 @@ def draft_all(
         sessions = [session]
         if count > 1:
             sessions = [stack.enter_context(_worker(session, count)) for _ in range(count)]
-        source = _Studies(studies)
+        source = _Studies([StudyInput.of(study) for study in studies])
         found: queue.Queue[Result | BaseException | None] = queue.Queue(count * slots * ahead)
         threads = [
             threading.Thread(
@@ -70,12 +70,12 @@ def draft_all(
         yield from _in_order(_collected(found, count))
 
 
-def draft_one(session: Session, index: int, study: Path) -> Result:
+def draft_one(session: Session, index: int, study: StudyInput) -> Result:
     """One study to its end; what is wrong with it is a result too."""
     try:
-        return Result(index, study, report=_to_end(session, study))
+        return Result(index, study.image, report=_to_end(session, study))
     except RxEdgeError as error:
-        return Result(index, study, error=error)
+        return Result(index, study.image, error=error)
 
 
 def default_workers(session: Session) -> int:
@@ -106,12 +106,12 @@ def _checked_slots(session: Session, slots: int) -> int:
 class _Studies:
     """The studies, each handed out once."""
 
-    def __init__(self, studies: Sequence[Path]) -> None:
+    def __init__(self, studies: Sequence[StudyInput]) -> None:
         self._rest = iter(enumerate(studies))
         self._lock = threading.Lock()
         self.stopped = False
 
-    def next(self) -> tuple[int, Path] | None:
+    def next(self) -> tuple[int, StudyInput] | None:
         with self._lock:
             return None if self.stopped else next(self._rest, None)
 
@@ -162,7 +162,7 @@ def _end(source: _Studies, found: queue.Queue[Any], threads: Sequence[threading.
             thread.join(0.01)
 
 
-def _to_end(session: Session, study: Path) -> Report:
+def _to_end(session: Session, study: StudyInput) -> Report:
     chunks = draft(session, study)
     while True:
         try:

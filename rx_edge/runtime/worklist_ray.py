@@ -5,7 +5,8 @@ it the same studies again and keeps few of them under way. A worker opens the bu
 which checks every hash on its machine, reads, drafts and files study by study through the `Store`,
 and answers with a key and whether there is a report; a study begun twice is filed under one key.
 Ray would try for ever a study that ends every worker: marks on disk count how often it was begun.
-Images never pass through Ray, and the process that drives it reads none.
+Images never pass through Ray, and the process that drives it reads none. Indications do not pass
+through it either: a worker reads the list of studies by itself.
 
 Does not cover: threads of one process (`worklist.py`), drafts that share passes, GPUs.
 """
@@ -26,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge import __version__
+from rx_edge.bundle import describe
 from rx_edge.config import RuntimeConfig
 from rx_edge.errors import BackendError, BundleError, InputError, RxEdgeError, UsageError
 from rx_edge.optional import require
 from rx_edge.runtime.session import Session, open_session
+from rx_edge.runtime.study_list import is_list, read_list
 from rx_edge.runtime.worklist import default_workers, draft_one
 from rx_edge.runtime.worklist_store import Store
-from rx_edge.types import Result
+from rx_edge.types import Result, StudyInput
 
 BLOCK = 16  # most studies in one task, of which each costs the driver some milliseconds
 TRIES = 3  # times that a study may end its worker before it counts as failed
@@ -61,6 +64,7 @@ class Job:
 
     Attributes:
         needed: what a worker must see before it begins, or the storage is not shared.
+        listed: the list that the studies are of, and its sha256; None = images, each a study.
         threads: of each worker.
         local: workers on this machine where nothing else is asked for.
         base: what the names of studies are relative to.
@@ -79,6 +83,7 @@ class Job:
     needed: tuple[Path, ...]
     local: int
     base: Path
+    listed: tuple[Path, str] | None = None
     marks: Path = Path()
     tries: int = TRIES
     version: str = __version__
@@ -99,8 +104,11 @@ def import_ray(address: str | None) -> Any:
     return require("ray", extra="ray")
 
 
-def job_for(session: Session, store: Store, directory: Path) -> Job:
+def job_for(session: Session, store: Store, source: Path) -> Job:
     """A job with the bundle, artefacts and settings of a session, which may be closed then.
+
+    Args:
+        source: the directory of the studies, or their list.
 
     Raises:
         UsageError: the session runs on a GPU.
@@ -121,9 +129,10 @@ def job_for(session: Session, store: Store, directory: Path) -> Job:
         allow_unverified=session.unverified,
         runtime=session.runtime,
         store=store,
-        needed=(directory.absolute(),),
+        needed=(source.absolute(),),
         local=default_workers(session),
         base=Path.cwd(),
+        listed=(source.absolute(), describe(source).sha256) if is_list(source) else None,
     )
 
 
@@ -135,6 +144,7 @@ def draft_all(
     Ray itself prints what befell its workers; redirect stdout where that is in the way.
 
     Args:
+        studies: images; where there is a list, those of all its studies, in its order.
         workers: 0 = `job.local`; in a cluster, one per core.
         address: a running Ray cluster; None = Ray on this machine only, for the time of this call.
 
@@ -184,6 +194,7 @@ class Drafting:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._session: Session | None = None  # opened with the first study, which a crash counts to
+        self._list: list[StudyInput] = []
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The fields of an `Outcome`, and why the worker cannot go on."""
@@ -194,9 +205,11 @@ class Drafting:
             return answer | {"refused": str(error)}
 
     def _draft(self, index: int, given: Path) -> dict[str, Any]:
-        job, study = self._job, self._job.base / given
+        job = self._job
         if self._session is None:
             _check(job)
+            self._list = _list(job)
+        study = self._list[index] if job.listed else StudyInput(job.base / given)
         with _begun(job.marks / str(index)) as before:
             self._session = self._session or _open(job)
             try:
@@ -209,15 +222,16 @@ class Drafting:
         return {"key": key, "ok": job.store.done(key)}
 
 
-def _result(session: Session, index: int, study: Path, *, again: bool) -> Result:
-    advice = f"draft {str(study)!r} with `rx-edge report` to see why"
+def _result(session: Session, index: int, study: StudyInput, *, again: bool) -> Result:
+    image = study.image
+    advice = f"draft {str(image)!r} with `rx-edge report` to see why"
     if not again:
-        return Result(index, study, error=BackendError(f"every worker ended over it; {advice}"))
+        return Result(index, image, error=BackendError(f"every worker ended over it; {advice}"))
     try:
         return draft_one(session, index, study)
     except Exception as error:  # one study's surprise must not end an archive's night
         found = f"{type(error).__name__}, which nobody foresaw; {advice}"
-        return Result(index, study, error=BackendError(found))
+        return Result(index, image, error=BackendError(found))
 
 
 @contextmanager
@@ -243,6 +257,17 @@ def _check(job: Job) -> None:
                 f"{str(path)!r} is not there; bundle, studies and --out must lie on a path that "
                 "all nodes share"
             )
+
+
+def _list(job: Job) -> list[StudyInput]:
+    """The listed studies, from the very list that the run was started with."""
+    if job.listed is None:
+        return []
+    file, sha256 = job.listed
+    found = read_list(file)
+    if describe(file).sha256 != sha256:
+        raise UsageError(f"{str(file)!r} is another list where it was started")
+    return found
 
 
 def _open(job: Job) -> Session:

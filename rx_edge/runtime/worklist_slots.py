@@ -25,7 +25,7 @@ from rx_edge.prompting import layout
 from rx_edge.runtime.decoding import Draft
 from rx_edge.runtime.pipeline import Study, encode, new_draft, open_study, report, text_of
 from rx_edge.runtime.session import Session
-from rx_edge.types import Result
+from rx_edge.types import Result, StudyInput
 
 
 class Source(Protocol):
@@ -36,7 +36,7 @@ class Source(Protocol):
         """Whether what grows should be given up."""
         ...
 
-    def next(self) -> tuple[int, Path] | None:
+    def next(self) -> tuple[int, StudyInput] | None:
         """A study and its number; None when there is none left."""
         ...
 
@@ -75,28 +75,28 @@ class _Slots:
     def _fill(self, source: Source) -> Iterator[Result]:
         """Give free slots to the next studies."""
         while len(self._growing) < self._language.slots and (found := source.next()):
-            index, path = found
+            index, given = found
             slot = next(s for s in range(self._language.slots) if s not in self._growing)
             try:
-                self._growing[slot] = self._begun(slot, index, path)
+                self._growing[slot] = self._begun(slot, index, given)
             except RxEdgeError as error:
-                yield Result(index, path, error=error)
+                yield Result(index, given.image, error=error)
                 continue
             yield from self._finished([slot])
 
-    def _begun(self, slot: int, index: int, path: Path) -> _Growing:
-        study, pixels = open_study(self._session, path)
+    def _begun(self, slot: int, index: int, given: StudyInput) -> _Growing:
+        study, pixels = open_study(self._session, given)
         timings = study.timings
         soft_prompt = encode(self._session, pixels, timings)
         started = time.perf_counter()
-        _, image_slot, after = layout(self._session.prompt, soft_prompt)
+        _, image_slot, after = layout(study.prompt, soft_prompt)
         logits = self._language.begin(slot, self._start, [image_slot, after])
         timings.prefill = time.perf_counter() - started
         timings.time_to_first_token = time.perf_counter() - study.started
         timings.prompt_tokens = len(self._start) + len(image_slot) + len(after)
         draft = new_draft(self._session, timings, None)
         draft.take(logits[None])
-        return _Growing(index, path, study, draft, time.perf_counter())
+        return _Growing(index, given.image, study, draft, time.perf_counter())
 
     def _pass(self) -> Iterator[Result]:
         """One pass over every draft."""

@@ -1,10 +1,11 @@
 """Results of a worklist on disk, one file per study, so that an interrupted one can go on.
 
-A result is filed under the sha256 of the study's file, the bundle and the settings: another image,
-another model or another precision is never taken for the one at hand. Failures are filed too, and
-tried again. File names hold no patient data; each file names its study as it was given.
+A result is filed under the sha256 of the study's files and indication, the bundle and the settings:
+another image, another model or another precision is never taken for the one at hand. Failures are
+filed too, and tried again. File names hold no patient data; each file names the study's image as it
+was given, and holds no indication.
 
-Does not cover: drafting (`worklist.py`).
+Does not cover: drafting (`worklist.py`), lists of studies (`study_list.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from rx_edge.atomic import replacing
 from rx_edge.errors import InputError, UsageError
 from rx_edge.runtime.session import Session
-from rx_edge.types import Result
+from rx_edge.types import Result, StudyInput
 
 INDEX = "worklist.json"
 
@@ -48,18 +49,17 @@ class Store:
         ]
         self._settings = json.dumps(settings, sort_keys=True).encode()
 
-    def key(self, study: Path) -> str:
+    def key(self, study: StudyInput | Path) -> str:
         """The name of a study's file, without its ending.
 
         Raises:
             InputError: the study cannot be read.
         """
-        try:
-            with study.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").digest()
-        except OSError as error:
-            raise InputError(f"{str(study)!r} cannot be read: {error.strerror}") from error
-        return hashlib.sha256(self._settings + content).hexdigest()[:32]
+        study = StudyInput.of(study)
+        content, said = [_sha256(path) for path in study.images], study.indication.split()
+        if said or study.lateral is not None:  # an image alone has the key that it always had
+            content.append(hashlib.sha256(" ".join(said).encode()).digest())
+        return hashlib.sha256(self._settings + b"".join(content)).hexdigest()[:32]
 
     def done(self, key: str) -> bool:
         """Whether there is a report under `key`."""
@@ -97,6 +97,14 @@ class Store:
     def _write(self, path: Path, value: Any) -> None:
         with replacing(path) as part:
             part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be read: {error.strerror}") from error
 
 
 def studies_below(directory: Path) -> Iterator[Path]:

@@ -4,11 +4,16 @@ Three questions on held-out studies: is the view that the first sentence names r
 that stop when every image is replaced by the training mean of the soft prompts? Is the reference
 report more likely (nats per token) with its own image than with another patient's? If not, the
 alignment is broken, however fluent the text.
+
+Of a study with two views both are swapped or replaced at once. The mean soft prompt of a study is
+that over the training studies with as many views, or, where there are none, with the usual number.
+The indication stays the study's own: the question is what the image adds to it.
 """
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +23,7 @@ import torch
 from rx_edge.model.language import hidden_states
 from rx_edge.model.report_model import IGNORE, ReportModel
 from rx_edge.prompting import encode
-from rx_edge.train.batching import Example, collate
+from rx_edge.train.batching import Example, collate, soft_prompts
 from rx_edge.train.data.pairs_jsonl import VIEW_SENTENCE
 from rx_edge.train.features import FeatureCache
 from rx_edge.types import FloatArray
@@ -40,26 +45,28 @@ def prove(
         rate, and report NLL with the right, a swapped and the mean image with 95 % intervals of
         the paired differences (bootstrap over studies, 2,000 resamples).
     """
-    mean = _soft(model, features, train).mean(0)
     soft = _soft(model, features, held_out)
+    mean = _means(_soft(model, features, train), soft)
     viewed = [i for i, e in enumerate(held_out) if e.sample.view]
     truth = [held_out[i].sample.view for i in viewed]
-    named = [named_view(_opening(model, soft[i])) for i in viewed]
-    constant = named_view(_opening(model, mean))
-    swap = _swapped(held_out, seed)
+    named, blind = (
+        [named_view(text) for text in _openings(model, held_out, prompts, viewed)]
+        for prompts in (soft, mean)
+    )
+    swapped = [soft[i] for i in _swapped(held_out, seed)]
     right = _nll(model, held_out, soft)
-    wrong = _nll(model, held_out, soft[swap])
-    blank = _nll(model, held_out, mean.expand_as(soft))
+    wrong = _nll(model, held_out, swapped)
+    blank = _nll(model, held_out, mean)
     body = {
         name: _nll(model, held_out, prompts, skip_view=True)
-        for name, prompts in (("right", soft), ("swapped", soft[swap]))
+        for name, prompts in (("right", soft), ("swapped", swapped))
     }
     majority = max(truth.count(v) for v in set(truth)) / len(truth)
     return {
         "studies": len(held_out),
         "studies_with_view": len(viewed),
         "view_accuracy": _share(named, truth),
-        "view_accuracy_mean_prompt": _share([constant] * len(truth), truth),
+        "view_accuracy_mean_prompt": _share(blind, truth),
         "view_majority_rate": majority,
         "lateral_recall": _recall(named, truth, "lateral"),
         "frontal_recall": _recall(named, truth, "frontal"),
@@ -81,14 +88,36 @@ def named_view(text: str) -> str | None:
 
 
 @torch.inference_mode()
-def _soft(model: ReportModel, features: FeatureCache, items: Sequence[Example]) -> torch.Tensor:
-    paths = [e.sample.image for e in items if e.sample.image is not None]
-    return torch.cat([model.projector(features[p][None]) for p in paths])
+def _soft(
+    model: ReportModel, features: FeatureCache, items: Sequence[Example]
+) -> list[torch.Tensor]:
+    """The soft prompt (V N, D) of every item."""
+    found = (soft_prompts(model, [item], features)[0] for item in items)
+    return [soft for soft in found if soft is not None]
 
 
-def _opening(model: ReportModel, soft: torch.Tensor) -> str:
-    text: str = model.tokenizer.decode(model.greedy(soft, FIRST_SENTENCE_TOKENS))
-    return text
+def _means(train: Sequence[torch.Tensor], like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """For each of `like` the mean of the training prompts of its length, or of the usual length."""
+    lengths = Counter(len(soft) for soft in train)
+    mean = {n: torch.stack([soft for soft in train if len(soft) == n]).mean(0) for n in lengths}
+    usual = mean[lengths.most_common(1)[0][0]]
+    return [mean.get(len(soft), usual) for soft in like]
+
+
+def _openings(
+    model: ReportModel,
+    items: Sequence[Example],
+    prompts: Sequence[torch.Tensor],
+    chosen: Sequence[int],
+) -> list[str]:
+    """What is said first about each of `chosen`."""
+    said: dict[tuple[int, str], str] = {}  # the same mean prompt stands for many studies
+    for i in chosen:
+        key = (id(prompts[i]), items[i].indication)
+        if key not in said:
+            ids = model.greedy(prompts[i], FIRST_SENTENCE_TOKENS, items[i].indication)
+            said[key] = model.tokenizer.decode(ids)
+    return [said[id(prompts[i]), items[i].indication] for i in chosen]
 
 
 def _swapped(items: Sequence[Example], seed: int) -> list[int]:
@@ -100,7 +129,11 @@ def _swapped(items: Sequence[Example], seed: int) -> list[int]:
 
 @torch.inference_mode()
 def _nll(
-    model: ReportModel, items: Sequence[Example], soft: torch.Tensor, *, skip_view: bool = False
+    model: ReportModel,
+    items: Sequence[Example],
+    soft: Sequence[torch.Tensor],
+    *,
+    skip_view: bool = False,
 ) -> FloatArray:
     """Mean nats per report token of each study, (n,); NaN where nothing is left to score."""
     out = []

@@ -78,6 +78,7 @@ def _packed_states(model: ReportModel, batch: Batch) -> torch.Tensor:
         inputs_embeds=batch.embeds,
         position_ids=batch.positions,
         sample_lengths=batch.lengths,
+        shared_tokens=batch.shared,
         use_cache=False,
     ).last_hidden_state
     return out

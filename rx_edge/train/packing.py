@@ -2,7 +2,9 @@
 
 Attention is computed sample by sample on slices of the row, so that there is nothing to mask: no
 product is spent on padding or on a neighbour, which a block-diagonal mask of the whole row would
-compute and throw away.
+compute and throw away. The constant start of the prompt is in the row once, and every sample
+attends to it: its keys and values are the same for all, and gradients add up in them. While
+training its dropout is the same for all, too.
 
 Does not cover: building the row (`batching.py`), and flash attention's varlen kernels.
 """
@@ -43,7 +45,8 @@ def packs(items: Sequence[T], lengths: Sequence[int], limit: int) -> list[list[T
 
 @contextlib.contextmanager
 def packed_attention(lm: Any) -> Iterator[None]:
-    """Inside, `lm` (a transformers or peft causal LM) understands `sample_lengths` in a forward.
+    """Inside, `lm` (a transformers or peft causal LM) understands `sample_lengths` and
+    `shared_tokens` in a forward.
 
     Without that argument it attends as before, so that one model serves both.
 
@@ -78,6 +81,7 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     sample_lengths: Sequence[int] | None = None,
+    shared_tokens: int = 0,
     dropout: float = 0.0,
     scaling: float | None = None,
     **others: Any,
@@ -90,16 +94,21 @@ def _attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return out
-    lengths = list(sample_lengths)
-    attended = [
-        torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        for q, k, v in zip(
-            *(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True
-        )
-    ]  # fmt: skip
+    start, *parts = zip(
+        *(
+            torch.split(tensor, [shared_tokens, *sample_lengths], dim=2)
+            for tensor in (query, key, value)
+        ),
+        strict=True,
+    )
+    how = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    attended = [attend(*start, is_causal=True, **how)] if shared_tokens else []
+    for q, k, v in parts:
+        seen = torch.cat([start[1], k], dim=2), torch.cat([start[2], v], dim=2)
+        size = q.shape[2], seen[0].shape[2]
+        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(shared_tokens)
+        attended.append(attend(q, *seen, attn_mask=mask, **how))
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
 
 

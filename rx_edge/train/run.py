@@ -35,10 +35,11 @@ from rx_edge.model.catalogue import locate
 from rx_edge.model.digest import weights_digest
 from rx_edge.model.report_model import ReportModel, load_trained
 from rx_edge.model.vision import check_normalisation
-from rx_edge.optional import require
+from rx_edge.prompting import takes_indication
 from rx_edge.train import data
 from rx_edge.train.batching import Example, examples
 from rx_edge.train.checkpoint import save_trained, write_json
+from rx_edge.train.checks import check_corpora, check_recipe
 from rx_edge.train.data.images import naming
 from rx_edge.train.engine import Engine
 from rx_edge.train.features import FeatureCache, Features, live
@@ -48,7 +49,6 @@ from rx_edge.train.qlora import quantise
 from rx_edge.train.stages import run_stage
 from rx_edge.train.trainables import trains_vision
 
-_RESERVED = ("final", "features", "tensorboard")  # directories of the run that are no stages
 Progress = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
@@ -72,11 +72,12 @@ def train(
     """Run every stage of the recipe and measure the result.
 
     Raises:
+        ConfigError: the recipe, or a corpus of it, cannot be trained on.
         UsageError: `out` exists without `resume`, or the other way round.
         TrainingError: resuming with another recipe, or the loss is not finite.
     """
     recipe = effective_recipe(recipe_path, overrides)
-    _check(recipe, recipe_path)
+    check_recipe(recipe, recipe_path)
     engine = Engine(recipe.engine)
     if engine.main:
         _open_run(recipe, out, resume)
@@ -85,10 +86,13 @@ def train(
     torch.manual_seed(recipe.seed)
     check_normalisation(recipe.model.vision, recipe.image)
     corpora = {name: data.read(name, config) for name, config in recipe.data.items()}
+    check_corpora(recipe, corpora)
     model = ReportModel(recipe)
     if engine.main:
         write_json(out / "run.json", _environment(recipe, model, engine))
-        write_json(out / "data_manifest.json", {n: _manifest(c) for n, c in corpora.items()})
+        told = takes_indication(recipe.prompt)
+        manifest = {name: _manifest(corpus, told) for name, corpus in corpora.items()}
+        write_json(out / "data_manifest.json", manifest)
     else:
         progress = _silent
     run = _Run(recipe, out, corpora, engine, progress)
@@ -104,55 +108,6 @@ def train(
 
 def _silent(*_: Any) -> None:
     """Progress of the processes that show none."""
-
-
-def _check(recipe: TrainRecipe, path: Path) -> None:
-    if not recipe.stages:
-        raise ConfigError(f"{path}: no [[stages]]: nothing to train")
-    names = [s.name for s in recipe.stages]
-    if "" in names or len(set(names)) != len(names):
-        raise ConfigError(f"{path}: every stage needs a name of its own, got {names}")
-    _check_engine(recipe, path)
-    if recipe.checkpoint_every < 1:
-        raise ConfigError(f"{path}: checkpoint_every is {recipe.checkpoint_every}; at least 1")
-    for stage in recipe.stages:
-        if not stage.name.replace("-", "").replace("_", "").isalnum() or stage.name in _RESERVED:
-            raise ConfigError(
-                f"{path}: stage name {stage.name!r} must be letters, digits, '-' or '_', and "
-                f"none of {', '.join(_RESERVED)}: it names a directory of the run"
-            )
-        if stage.batch_size < 1 or not 0 < stage.epochs < float("inf"):
-            raise ConfigError(
-                f"{path}: stage {stage.name!r} has batch_size {stage.batch_size} and epochs "
-                f"{stage.epochs}; batch_size >= 1 and epochs > 0 are needed"
-            )
-        unknown = [d for d in stage.data if d not in recipe.data]
-        if unknown or not stage.data:
-            raise ConfigError(
-                f"{path}: stage {stage.name!r} uses data {list(stage.data)}; "
-                f"known: {', '.join(recipe.data) or 'none'}"
-            )
-
-
-def _check_engine(recipe: TrainRecipe, path: Path) -> None:
-    for name in ("pack_tokens", "accumulate"):
-        if getattr(recipe.engine, name) < 1:
-            raise ConfigError(
-                f"{path}: engine.{name} is {getattr(recipe.engine, name)}; at least 1"
-            )
-    for stage in recipe.stages:
-        never = stage.patience > 0 and stage.validate_every == 0
-        if never or min(stage.validate_every, stage.patience) < 0:
-            raise ConfigError(
-                f"{path}: stage {stage.name!r} has patience {stage.patience} and validate_every "
-                f"{stage.validate_every}; patience counts validations: set validate_every too"
-            )
-    if recipe.engine.tensorboard:
-        require("tensorboard", extra="tensorboard")
-    if recipe.engine.load_in_4bit:
-        require("bitsandbytes", extra="qlora")
-        if any("lm" in stage.trains for stage in recipe.stages):
-            raise ConfigError(f"{path}: engine.load_in_4bit freezes the LM; train lora, not lm")
 
 
 def _open_run(recipe: TrainRecipe, out: Path, resume: bool) -> None:
@@ -226,7 +181,7 @@ class _Run:
 
     def _start_projector(self, model: ReportModel) -> None:
         train = [s for c in self.corpora.values() for s in c.split("train")]
-        paths = [s.image for s in train if s.image is not None][:16]
+        paths = [path for s in train for path in s.images][:16]
         if paths:
             table = model.lm.get_input_embeddings().weight
             model.projector.start_at_scale(self.features(paths), float(table.std()))
@@ -278,11 +233,11 @@ class _Run:
 def _fill_features(
     features: FeatureCache, corpora: Iterable[data.Corpus], progress: Progress
 ) -> None:
-    samples = [s for corpus in corpora for s in corpus.samples if s.image is not None]
-    for done, sample in enumerate(samples, 1):
-        with naming(sample) as path:
+    images = [(s, path) for corpus in corpora for s in corpus.samples for path in s.images]
+    for done, (sample, path) in enumerate(images, 1):
+        with naming(sample, path):
             features.fill([path])
-        progress("vision features", done, len(samples), "")
+        progress("vision features", done, len(images), "")
 
 
 def load_trained_stage(model: ReportModel, directory: Path) -> None:
@@ -303,19 +258,32 @@ def _in_main_memory(model: ReportModel, engine: Engine) -> ReportModel:
     return fresh
 
 
-def _manifest(corpus: data.Corpus) -> dict[str, Any]:
-    """Counts and hashes; ids are hashed too, as a hospital's may identify a patient."""
-    rows = [
-        " ".join(
-            (s.split, _short(s.id.encode()), _short(s.target.encode()),
-             _short(s.image.read_bytes()) if s.image else "-")
+def _manifest(corpus: data.Corpus, told: bool) -> dict[str, Any]:
+    """Counts and hashes; ids are hashed too, as a hospital's may identify a patient.
+
+    Lateral images and indications (where the model is `told` them) have a column only in a corpus
+    that has some. An indication is hashed with its target: alone, it could be guessed.
+    """
+    columns: dict[str, Callable[[data.Sample], str]] = {
+        "split": lambda s: s.split,
+        "sha256(id)": lambda s: _short(s.id.encode()),
+        "sha256(target)": lambda s: _short(s.target.encode()),
+        "sha256(image file)": lambda s: _short(s.image.read_bytes()) if s.image else "-",
+    }
+    if any(s.lateral for s in corpus.samples):
+        columns["sha256(lateral file)"] = lambda s: (
+            _short(s.lateral.read_bytes()) if s.lateral else "-"
         )
-        for s in sorted(corpus.samples, key=lambda s: (s.split, s.id))
-    ]  # fmt: skip
+    if told and any(s.indication for s in corpus.samples):
+        columns["sha256(target,indication)"] = lambda s: (
+            _short(f"{s.target}\0{s.indication}".encode()) if s.indication else "-"
+        )
+    samples = sorted(corpus.samples, key=lambda s: (s.split, s.id))
+    rows = [" ".join(column(s) for column in columns.values()) for s in samples]
     return {
         "counts": {split: len(corpus.split(split)) for split in data.SPLITS},
         "dropped": corpus.dropped,
-        "columns": "split sha256(id) sha256(target) sha256(image file)",
+        "columns": " ".join(columns),
         "studies": rows,
         "sha256": hashlib.sha256("\n".join(rows).encode()).hexdigest(),
     }

@@ -179,8 +179,7 @@ class _Loop:
         return 0 < self.stage.patience <= self.point.since_best
 
     def _length(self, example: Example) -> int:
-        soft = self.model.projector.tokens if example.sample.image is not None else 0
-        return sequence_length(self.model, example, soft)
+        return sequence_length(self.model, example)
 
 
 def trained_of(model: ReportModel, optimiser: Any) -> dict[str, torch.nn.Parameter]:

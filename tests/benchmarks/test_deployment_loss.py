@@ -101,6 +101,28 @@ def test_the_likelihood_is_that_of_the_trainer(
     assert found == pytest.approx(nats / tokens, rel=1e-5)
 
 
+def test_two_views_and_an_indication_cost_next_to_nothing(
+    asking_run: Path, asking_bundle: Path, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    from rx_edge.model.report_model import load_run
+
+    root = tmp_path / "pairs"
+    shutil.copytree(tiny_pairs, root)
+    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text("utf-8").splitlines()]
+    frontal = [{**row, "lateral": rows[i + 1]["image"]} for i, row in enumerate(rows) if i % 2 == 0]
+    frontal[-1] |= {"lateral": None}
+    lines = [json.dumps({**row, "indication": f"cough {i}"}) for i, row in enumerate(frontal)]
+    (root / "pairs.jsonl").write_text("\n".join(lines), "utf-8")
+    studies = deployment_loss.read_studies(load_run(asking_run), root, ("val", "test"), None)
+    assert sorted(len(study.pixels) for study in studies) == [1, 2, 2, 2]
+    assert {study.indication for study in studies} == {f"cough {i}" for i in range(6, 10)}
+    result = measure(asking_run, asking_bundle, root, [F16], threads=1, progress=silent)
+    found = result["artifacts"][F16]
+    assert abs(found["metrics"]["nll_per_token"]["change"]) < 1e-3
+    assert found["drafts"]["changed_where_torch_was_decided"]["studies"] == 0
+    assert "cough" not in json.dumps(result)
+
+
 def test_nothing_of_the_studies_is_told(
     result: dict[str, Any], tiny_pairs: Path, tiny_bundle: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""Two recipes over seeds: shared stages are shared, differences are paired, unequal ones refused."""
+"""Two recipes over seeds: shared stages are shared, differences paired, unequal ones refused."""
 
 from __future__ import annotations
 

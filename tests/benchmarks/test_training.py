@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rx_edge.config import PromptConfig
 from rx_edge.config_io import to_mapping
 from rx_edge.errors import ConfigError, TrainingError
 from rx_edge.train.batching import collate
@@ -18,10 +19,11 @@ from rx_edge.train.run import effective_recipe
 from rx_edge_bench import training_block
 from rx_edge_bench.training import SIDES, measure, summary
 from rx_edge_bench.training_block import PlainModel, Rows, Task, padded, read_task
+from tests.train.corpora import two_views
 
 
-def task_of(recipe: Path, work: Path, steps: int = 3) -> Task:
-    effective = effective_recipe(recipe, ["lora.dropout=0.0"])
+def task_of(recipe: Path, work: Path, *changes: str, steps: int = 3) -> Task:
+    effective = effective_recipe(recipe, ["lora.dropout=0.0", *changes])
     plain = {"recipe": to_mapping(effective), "stage": "stage2", "steps": steps}
     return read_task({**plain, "work": str(work), "seed": 0})
 
@@ -40,6 +42,23 @@ def test_both_sides_see_the_same_loss_and_the_same_tokens(
     assert plain.tokens == [int(batch.mask.sum())]
     assert plain.padded[0] > plain.tokens[0] + 4
     assert out.logits.shape[1] == batch.embeds.shape[1] + 1  # every position, as planned
+
+
+def test_an_indication_is_in_the_prompt_of_both_sides(tiny_recipe: Path, tmp_path: Path) -> None:
+    template = PromptConfig().template.replace("{image}", "{image}\n{indication}")
+    told = f"prompt.template={json.dumps(template)}"
+    corpus = ["data.pairs.reader=mimic-cxr", f"data.pairs.path={two_views(tmp_path / 'm')}"]
+    task = task_of(tiny_recipe, tmp_path, told, *corpus, steps=1)
+    training_block.prepare(task)
+    task.items[0] = replace(task.items[0], indication="cough and a long history of fever")
+    rows, plain = Rows(task), PlainModel(task.model.eval())
+    with torch.no_grad():
+        out = plain(**padded([rows[i] for i in range(6)]))
+        batch = collate(task.model, rows.items, task.features)
+        torch.testing.assert_close(out.loss, loss_of(task.model, batch), atol=1e-5, rtol=1e-5)
+    both = ["prompt.views=frontal+lateral", "data.pairs.views=frontal+lateral"]
+    with pytest.raises(ConfigError, match="the plain way is written for one image of a study"):
+        task_of(tiny_recipe, tmp_path, told, *corpus, *both)
 
 
 def test_both_sides_train(tiny_recipe: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def ids_of(tiny: Tiny, prompt: PromptConfig) -> PromptIds:
         "{image}",
         "{image}\nFindings: ",
         "  two  spaces\n{image} 12.5 cm<|im_end|>",
+        "{image}\nIndication: {indication}<|im_end|>",
     ],
 )
 def test_libmtmd_makes_our_token_ids(tiny: Tiny, template: str) -> None:

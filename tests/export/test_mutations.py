@@ -4,7 +4,8 @@ Every fault must be refused by a stage that names it, none by the accident of a 
 of fault and stage is published in `export/README.md`; a test keeps the two equal.
 
 Three ways to plant: into the exporter's code while it exports, into a finished bundle whose
-manifest is made to agree (what a careless hand does), and into the runtime's code.
+manifest is made to agree (what a careless hand does), and into the runtime's code. Faults of two
+views and of the indication are in `test_two_views.py`.
 """
 
 from __future__ import annotations
@@ -25,17 +26,8 @@ import torch
 from onnx import numpy_helper
 
 from rx_edge import grayscale, image, prompting
-from rx_edge.bundle import (
-    MANIFEST,
-    StageResult,
-    describe,
-    image_hash,
-    open_bundle,
-    pairing_hash,
-    prompt_hash,
-)
-from rx_edge.config import ExportConfig, ImageRecipe, PromptConfig
-from rx_edge.config_io import from_mapping
+from rx_edge.bundle import MANIFEST, StageResult, describe, open_bundle
+from rx_edge.config import ExportConfig
 from rx_edge.errors import BackendError, BundleError, VerificationError
 from rx_edge.runtime import session as session_module
 from rx_edge.runtime.session import open_session
@@ -49,11 +41,12 @@ from rx_edge_export import (
 )
 from rx_edge_export.export import export
 from rx_edge_export.verify import verify
+from tests.export import test_two_views
+from tests.export.planting import Plant, agree
 
 README = Path(__file__).resolve().parents[2] / "export" / "README.md"
 LEAN = ExportConfig(vision=("onnx:fp32",), language=("gguf:F16",))
 SMALL = ExportConfig(vision=("onnx:fp32", "onnx:int8"), language=("gguf:F16", "gguf:Q8_0"))
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 # ---- planted into the exporter ------------------------------------------------------------
@@ -237,29 +230,6 @@ def int8_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def bundle(int8_bundle: Path, tmp_path: Path) -> Path:
     shutil.copytree(int8_bundle, tmp_path / "bundle")
     return tmp_path / "bundle"
-
-
-def agree(root: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files, its parts and its pairing included."""
-    manifest = json.loads((root / MANIFEST).read_text("utf-8"))
-    for key, value in changes.items():
-        manifest[key] |= value
-    for name in manifest["files"]:
-        entry = describe(root / name)
-        manifest["files"][name] = {"sha256": entry.sha256, "bytes": entry.bytes}
-    manifest["parts"] |= {
-        "prompt": prompt_hash(from_mapping(PromptConfig, manifest["prompt"], where="")),
-        "image": image_hash(from_mapping(ImageRecipe, manifest["image"], where="")),
-        "tokenizer": manifest["files"]["tokenizer.json"]["sha256"],
-    }
-    old, manifest["pairing"] = manifest["pairing"], pairing_hash(manifest["parts"])
-    for name in manifest["files"]:  # the hash inside each artefact: as long as the new one
-        if name.endswith((".gguf", ".onnx")):
-            content = (root / name).read_bytes()
-            (root / name).write_bytes(content.replace(old.encode(), manifest["pairing"].encode()))
-            entry = describe(root / name)
-            manifest["files"][name] = {"sha256": entry.sha256, "bytes": entry.bytes}
-    (root / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def scales_too_large(root: Path) -> None:
@@ -498,8 +468,9 @@ def test_a_fault_of_the_runtime_is_refused(
 
 
 def faults() -> Iterator[tuple[str, str]]:
-    """Every fault of the three tables, and the stage that catches it."""
-    for table in (AT_EXPORT, IN_A_BUNDLE, IN_THE_RUNTIME):
+    """Every fault of all tables, and the stage that catches it."""
+    views = (test_two_views.IN_A_BUNDLE, test_two_views.IN_THE_RUNTIME)
+    for table in (AT_EXPORT, IN_A_BUNDLE, IN_THE_RUNTIME, *views):
         for fault, (_, stage) in table.items():
             yield fault, stage
 

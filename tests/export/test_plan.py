@@ -6,15 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from rx_edge.cli import app
-from rx_edge.config import ExportConfig
+from rx_edge.config import ExportConfig, ModelConfig
 from rx_edge.errors import ModelError, UsageError
+from rx_edge.model.projector import Projector, soft_tokens
+from rx_edge.model.vision import grid_of, load_vision
 from rx_edge_export import gguf_quantize, llm_gguf, plan, recipes, targets
 from rx_edge_export.export import export
 from tests.conftest import DEMO_RUN
-from tests.factories import tiny_gpt2_dir, tiny_llama_dir
+from tests.factories import IMAGE_SIZE, TOWERS, tiny_gpt2_dir, tiny_llama_dir, tiny_tower_dir
 
 runner = CliRunner()
 
@@ -51,6 +54,20 @@ def test_predicted_sizes_of_gguf_files(tmp_path: Path, make: object, width: int)
         )
         found = sum(plan._gguf_bytes(t, file_type, architecture) for t in architecture.tensors)
         assert found == pytest.approx(wanted - header, rel=0.12), file_type
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_predicted_soft_tokens(tmp_path: Path, family: str) -> None:
+    directory = str(tiny_tower_dir(tmp_path / family, family))
+    grid = grid_of(directory, IMAGE_SIZE)
+    assert grid == load_vision(directory, IMAGE_SIZE).grid
+    for pooling in ("none", "resampler", "average-2x2", "pixel-shuffle-2x2"):
+        config = ModelConfig(pooling=pooling, queries=5)  # type: ignore[arg-type]
+        if pooling.endswith("2x2") and grid % 2:
+            continue
+        projector = Projector(config, grid=grid, width=32, lm_width=8)
+        found = projector(torch.zeros(1, grid * grid, 32))
+        assert soft_tokens(config, grid) == projector.tokens == found.shape[1]
 
 
 @pytest.mark.slow

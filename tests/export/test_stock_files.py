@@ -78,6 +78,51 @@ def test_draft_script_sends_the_literal_prompt(bundle: Path, tmp_path: Path) -> 
     assert sent["stop"] == ["<|im_end|>"]
 
 
+ASKED = "Write.\n{image}\nIndication: {indication}<|im_end|>\n"
+TOLD = PromptConfig(template=ASKED, no_indication="it's not stated")
+
+
+@pytest.mark.parametrize(
+    ("given", "sent_text"),
+    [
+        (None, "it's not stated"),
+        ("", "it's not stated"),
+        ("Cough & fever.", "Cough & fever."),
+        ("a \"b\" \\ $(id) `x` %s 'c' é", "a \"b\" \\ $(id) `x` %s 'c' é"),
+        ("two\nlines\tand a tab", "two lines and a tab"),
+    ],
+)
+def test_draft_script_puts_an_indication_into_its_place(
+    tmp_path: Path, given: str | None, sent_text: str
+) -> None:
+    generate = GenerateConfig()
+    stock_files.write(tmp_path, NAMES, TOLD, ImageRecipe(), generate, own_template="")
+    environment = program(tmp_path / "bin", "curl", f"cat > {tmp_path}/sent")
+    environment |= {} if given is None else {"INDICATION": given}
+    picture = tmp_path / "study.png"
+    picture.write_bytes(b"png")
+    subprocess.run([tmp_path / "stock" / "draft.sh", picture], env=environment, check=True)
+    sent = json.loads((tmp_path / "sent").read_text("utf-8"))
+    text = ASKED.replace("{image}", "<__media__>").replace("{indication}", sent_text)
+    assert sent["prompt"]["prompt_string"] == text
+    assert len(sent["prompt"]["multimodal_data"]) == 1
+
+
+def test_every_other_file_states_no_indication(tmp_path: Path) -> None:
+    stock_files.write(tmp_path, NAMES, TOLD, ImageRecipe(), GenerateConfig(), own_template="")
+    whole = ASKED.replace("{indication}", TOLD.no_indication)
+    chat = (tmp_path / "stock" / "chat-template.jinja").read_text("utf-8")
+    assert stock_files.render(chat, "X") == whole.replace("{image}", "X")
+    modelfile = (tmp_path / "stock" / "Modelfile").read_text("utf-8")
+    assert whole.replace("{image}", "{{ .Prompt }}") in modelfile
+    readme = (tmp_path / "stock" / "README.md").read_text("utf-8")
+    assert json.dumps(whole.replace("{image}", "<__media__>")) in readme
+    assert "At most 64 tokens" in readme
+    assert '"it\'s not stated" stands in its place' in readme
+    for path in (tmp_path / "stock").iterdir():
+        assert "{indication}" not in path.read_text("utf-8")
+
+
 def test_chat_template_renders_the_prompt_of_a_picture_alone(bundle: Path) -> None:
     template = (bundle / "stock" / "chat-template.jinja").read_text("utf-8")
     assert stock_files.render(template, "<__media__>") == WHOLE
@@ -131,6 +176,7 @@ def test_readme(bundle: Path) -> None:
         "reads no DICOM", "rx-edge prepare", "Not run: llama-server", json.dumps(WHOLE),
     ):  # fmt: skip
         assert needed in text, needed
+    assert "ndication" not in text
     assert max(map(len, text.splitlines())) <= 200
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from rx_edge.runtime.session import open_session
 from rx_edge_export import staged_manifest
 from rx_edge_export.export import export
 from rx_edge_export.staged_manifest import export_digest
-from rx_edge_export.verify import verify
+from rx_edge_export.verify import _changed_margin, verify
 
 
 @pytest.fixture
@@ -166,3 +168,20 @@ def test_a_stale_bundle_is_noticed(
     monkeypatch.setattr(staged_manifest, "__file__", str(tmp_path / "code" / "export.py"))
     digests.add(export_digest(run))
     assert len(digests) == 4
+
+
+def test_a_vision_artefact_answers_for_its_own_tokens_only() -> None:
+    """Where the language model says another token on the trained soft prompt too, it is its own."""
+    session: Any = SimpleNamespace(prompt=SimpleNamespace(end=9))
+    vectors = {
+        "tokens": np.asarray([1, 2, 3], np.int32),
+        "best": np.asarray([1, 2, 3, 9], np.int32),
+        "margins": np.asarray([5.0, 0.2, 0.5, 4.0], np.float32),
+    }
+    found, alone = np.asarray([1, 7, 8, 9], np.int32), np.asarray([1, 7, 3, 9], np.int32)
+    assert _changed_margin(session, found, None, vectors) == 0.5
+    assert _changed_margin(session, alone, None, vectors) == pytest.approx(0.2)
+    assert _changed_margin(session, found, alone, vectors) == 0.5
+    assert _changed_margin(session, alone, alone, vectors) == 0.0
+    other = np.asarray([1, 6, 3, 9], np.int32)  # another token than both: the vision's doing
+    assert _changed_margin(session, other, alone, vectors) == pytest.approx(0.2)

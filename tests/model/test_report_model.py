@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, ViTConfig, ViTModel
 
-from rx_edge.config import ImageRecipe, LoraSettings, ModelConfig, TrainRecipe
-from rx_edge.errors import ModelError
+from rx_edge.config import ImageRecipe, LoraSettings, ModelConfig, PromptConfig, TrainRecipe
+from rx_edge.errors import InputError, ModelError
 from rx_edge.model.language import load_language, tokenizer_file, with_lora
 from rx_edge.model.projector import Projector
-from rx_edge.model.report_model import ReportModel, load_run, load_trained
+from rx_edge.model.report_model import ReportModel, greedy_batch, load_run, load_trained
 from rx_edge.model.vision import load_vision
 from rx_edge.train.checkpoint import save_trained
 from tests.factories import IMAGE_SIZE, tiny_vit_dir
@@ -178,6 +178,49 @@ def test_greedy_stops_at_the_end_token(model: ReportModel, soft: torch.Tensor) -
     ids = model.greedy(soft, 12)
     model.prompt = replace(model.prompt, end=ids[2])
     assert model.greedy(soft, 12) == ids[: ids.index(ids[2])]
+
+
+def told(model: ReportModel) -> ReportModel:
+    """The same model with an {indication} slot."""
+    template = PromptConfig().template.replace("{image}", "{image} {indication}")
+    recipe = replace(model.recipe, prompt=PromptConfig(template=template))
+    out = ReportModel(recipe).eval()
+    out.load_state_dict(model.state_dict())
+    return out
+
+
+def test_the_indication_reaches_the_lm(model: ReportModel, soft: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="trained without indications"):
+        model.teacher_forced(soft, [], "cough")
+    model = told(model)
+    assert model.prompt_for("") is model.prompt
+    assert model.prompt_for("not stated") == model.prompt
+    plain, cough, fever = (model.teacher_forced(soft, [7], t) for t in ("", "cough", "fever"))
+    assert torch.equal(plain, model.teacher_forced(soft, [7]))
+    assert (plain - cough).abs().max() > 0.01 < (cough - fever).abs().max()
+    embeds, before = model.prompt_embeddings(soft, "cough"), len(model.prompt.before)
+    assert torch.equal(
+        embeds[: before + len(soft)], model.prompt_embeddings(soft)[: before + len(soft)]
+    )
+    assert len(embeds) == before + len(soft) + len(model.prompt_for("cough").after)
+
+
+def test_a_batch_of_drafts_is_one_after_the_other(model: ReportModel) -> None:
+    """Soft prompts of one and of two views, with and without an indication."""
+    model = told(model)
+    with torch.inference_mode():
+        one, two, three, four = model.encoder(torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE))
+    prompts = [one, torch.cat([two, three]), four, torch.cat([one, four]), two]
+    indications = ["", "cough", "cough and fever", "", "cough"]
+    found = greedy_batch(model, prompts, 10, indications)
+    wanted = [model.greedy(p, 10, text) for p, text in zip(prompts, indications, strict=True)]
+    assert [ids for ids, _ in found] == wanted
+    assert len({tuple(ids) for ids in wanted}) > 1
+    for (ids, margins), prompt, text in zip(found, prompts, indications, strict=True):
+        best = model.teacher_forced(prompt, ids, text).topk(2, dim=-1).values
+        expected = (best[:, 0] - best[:, 1])[: len(margins)]
+        torch.testing.assert_close(torch.tensor(margins), expected, atol=1e-3, rtol=1e-3)
+    assert greedy_batch(model, prompts, 10) == greedy_batch(model, prompts, 10, [""] * 5)
 
 
 def test_the_image_and_the_prompt_reach_the_lm(model: ReportModel, soft: torch.Tensor) -> None:

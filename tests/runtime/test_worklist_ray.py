@@ -123,6 +123,27 @@ def test_results_are_those_of_the_local_engine_and_a_rerun_drafts_what_is_missin
     }
 
 
+def test_a_list_of_studies_with_two_views_and_indications(
+    ray: Any, asking_bundle: Path, studies: list[Path], tmp_path: Path
+) -> None:
+    rows = [
+        {"image": str(studies[0]), "lateral": str(studies[1]), "indication": "Jane Q. Public."},
+        {"image": str(studies[0]), "indication": "Fever."},
+        {"image": str(studies[0])},
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    found = []
+    for engine in ("local", "ray"):
+        command = ["worklist", str(tmp_path / "list.jsonl"), "--bundle", str(asking_bundle)]
+        out = tmp_path / engine
+        result = runner.invoke(app, [*command, "--out", str(out), "--engine", engine])
+        assert result.exit_code == 0, result.output
+        found.append(results(out))
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+    assert "Public" not in str(found)
+
+
 def kill_its_reader(pipe: Path, drafting: Future[Any], replace_by: Path | None = None) -> str:
     """SIGKILL to the worker that reads a named pipe, in the middle of a study; its title."""
     while not drafting.done():

@@ -57,7 +57,10 @@ MIMIC_SPLIT = [  # dicom_id, study_id, subject_id, split
 
 
 def mimic(root: Path, split: Sequence[Sequence[Any]] = MIMIC_SPLIT) -> Path:
-    """Study 1 has a lateral and a PA image, 2 an AP, 3 no image file, 4 no stated view."""
+    """Study 1 has a lateral and a PA image, 2 an AP, 3 no image file, 4 no stated view.
+
+    With another `split`: images whose name begins with "l" are lateral, all others PA.
+    """
     views = dict(
         zip(("d1", "d2", "d3", "d4", "d5"), ("LATERAL", "PA", "AP", "PA", ""), strict=True)
     )
@@ -70,7 +73,7 @@ def mimic(root: Path, split: Sequence[Sequence[Any]] = MIMIC_SPLIT) -> Path:
         root / "mimic-cxr-2.0.0-metadata.csv.gz",
         columns,
         [
-            (d, p, s, "CHEST", views.get(d, "PA"), 24, 20, 21800506, "213014.5")
+            (d, p, s, "CHEST", _position(d, views), 24, 20, 21800506, "213014.5")
             for d, s, p, _ in split
         ],
     )
@@ -91,11 +94,35 @@ def mimic(root: Path, split: Sequence[Sequence[Any]] = MIMIC_SPLIT) -> Path:
     return root
 
 
+def _position(dicom: str, views: dict[str, str]) -> str:
+    return views.get(dicom, "LATERAL" if dicom.startswith("l") else "PA")
+
+
+def two_views(root: Path) -> Path:
+    """MIMIC-CXR of ten studies, every image another; five have a lateral one, all but one (the
+    last of train) an indication."""
+    rows = []
+    for n, split in enumerate(["train"] * 6 + ["validate"] * 2 + ["test"] * 2):
+        views = ("f", "l") if n % 2 == 0 else ("f",)
+        rows += [(f"{view}{n}", 50000000 + n, 10000000 + n, split) for view in views]
+    mimic(root, rows)
+    rng = np.random.default_rng(0)
+    for image in sorted(root.rglob("*.jpg")):
+        pixels = rng.integers(0, 256, (6, 5)).astype(np.uint8)
+        Image.fromarray(pixels).resize((60, 72)).save(image, quality=95)
+    for n in range(10):
+        file = root / "files" / "p10" / f"p{10000000 + n}" / f"s{50000000 + n}.txt"
+        why = "" if n == 5 else f"INDICATION:  cough for {n} days."
+        file.write_text(mimic_report(why, f"FINDINGS: \n \n{FINDINGS}"))
+    return root
+
+
 def kaggle(root: Path) -> Path:
     """CXR1 train (R2Gen's split), CXR4 val, CXR2 test without a frontal file; CXR3 in no split."""
     columns = "uid MeSH Problems image indication comparison findings impression"
     rows = [
-        (uid, "normal", "normal", "Xray Chest PA and Lateral", "secret", "None.", text, IMPRESSION)
+        (uid, "normal", "normal", "Xray Chest PA and Lateral",
+         "secret. XXXX-year-old.", "None.", text, IMPRESSION)
         for uid, text in (
             (1, FINDINGS), (4, f"{FINDINGS} Like XXXX."), (2, FINDINGS), (3, FINDINGS), (5, ""),
         )
@@ -141,7 +168,7 @@ def openi(root: Path) -> Path:
         (reports / f"{number}.xml").write_text(
             f'<eCitation><uId id="CXR{number}"/><Abstract>'
             '<AbstractText Label="COMPARISON">None.</AbstractText>'
-            '<AbstractText Label="INDICATION">secret</AbstractText>'
+            '<AbstractText Label="INDICATION">secret. XXXX</AbstractText>'
             f'<AbstractText Label="FINDINGS">{FINDINGS} Chest x-XXXX.</AbstractText>'
             f'<AbstractText Label="IMPRESSION">{IMPRESSION}</AbstractText>'
             f"</Abstract>{parents}</eCitation>"
@@ -155,8 +182,8 @@ def openi(root: Path) -> Path:
 def chexpert(root: Path) -> Path:
     """Two train studies of one patient (one without findings), one valid; files are .png."""
     columns = (
-        "path_to_image path_to_dcm frontal_lateral ap_pa deid_patient_id report section_findings "
-        "section_impression split"
+        "path_to_image path_to_dcm frontal_lateral ap_pa deid_patient_id report "
+        "section_clinical_history section_history section_findings section_impression split"
     )
     rows = []
     for patient, study, view, split, findings in (
@@ -175,6 +202,8 @@ def chexpert(root: Path) -> Path:
                 side,
                 position,
                 patient,
+                "secret",
+                "secret cough" if view == "view2_lateral" or split == "valid" else "",
                 "secret",
                 findings,
                 IMPRESSION,

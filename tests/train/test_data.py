@@ -79,10 +79,30 @@ def test_pairs(tmp_path: Path) -> None:
     assert [s.id for s in corpus.split("train")] == ["a.png", "b.png"]
 
 
+def test_pairs_with_a_lateral_image_and_an_indication(tmp_path: Path) -> None:
+    first = row(lateral="a-l.png", indication=" cough,\n fever ")
+    rows = [first, row(image="b.png", lateral="b-l.png", patient="2", indication=None)]
+    corpus = pairs(tmp_path, *rows)
+    assert [(s.lateral, s.indication) for s in corpus.samples] == [
+        (None, "cough, fever"), (None, ""),
+    ]  # fmt: skip
+    (tmp_path / "images" / "a-l.png").touch()
+    config = CorpusConfig(path=str(tmp_path), views="frontal+lateral")
+    both = read("p", config)
+    assert [[p.name for p in s.images] for s in both.samples] == [["a.png", "a-l.png"], ["b.png"]]
+    assert both.dropped == {"lateral image file missing, frontal image kept": 1}
+    pairs(tmp_path, first | {"view": "L"})
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl:1: view L and a lateral image"):
+        read("p", config)
+
+
 @pytest.mark.parametrize(
     "bad",
-    [ROW, row(split="dev"), row(report=None), row(image=None), [], "text", None],
-)
+    [
+        ROW, row(split="dev"), row(report=None), row(image=None), [], "text", None,
+        row(indication=7),
+    ],
+)  # fmt: skip
 def test_bad_pair_names_its_line(tmp_path: Path, bad: Any) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").touch()

@@ -45,15 +45,37 @@ def test_check_finds_the_reader_and_prints_no_text(reader: str, tmp_path: Path) 
             assert hidden not in result.output
 
 
+def told(indications: int, laterals: int = 0) -> dict[str, int]:
+    return {"with_lateral": laterals, "with_indication": indications}
+
+
+def test_check_counts_lateral_images_and_indications(tmp_path: Path) -> None:
+    root = corpora.two_views(tmp_path / "m")
+    _, document = as_json(root, "--views", "frontal+lateral", "--images")
+    figures = document["corpora"]["mimic-cxr"]
+    found = {name: dict(list(counts.items())[-2:]) for name, counts in figures["splits"].items()}
+    assert found == {"train": told(5, 3), "val": told(2, 1), "test": told(2, 1)}
+    assert figures["images_opened"] == 15
+    result = run("check", root, "--views", "frontal+lateral")
+    (row,) = (line for line in result.stdout.splitlines() if "train" in line and "6" in line)
+    assert row.split("│")[1:-1] == [" train ", *(f"{n} ".rjust(len(c)) for n, c in zip(
+        (6, 6, 6, 6, 3, 5), row.split("│")[2:-1], strict=True))]  # fmt: skip
+    assert "cough" not in result.output
+    for lateral in root.rglob("l0.jpg"):
+        lateral.unlink()
+    _, document = as_json(root, "--views", "frontal+lateral")
+    assert document["corpora"]["mimic-cxr"]["missing_images"] == 1
+
+
 def test_check_counts(tmp_path: Path) -> None:
     root = corpora.mimic(tmp_path / "m")
     code, document = as_json(root, "--views", "all")
     assert (code, document["ok"]) == (0, True)
     figures = document["corpora"]["mimic-cxr"]
     assert figures["splits"] == {
-        "train": {"samples": 2, "studies": 1, "patients": 1, "with_image": 2},
-        "val": {"samples": 1, "studies": 1, "patients": 1, "with_image": 1},
-        "test": {"samples": 1, "studies": 1, "patients": 1, "with_image": 1},
+        "train": {"samples": 2, "studies": 1, "patients": 1, "with_image": 2, **told(2)},
+        "val": {"samples": 1, "studies": 1, "patients": 1, "with_image": 1, **told(1)},
+        "test": {"samples": 1, "studies": 1, "patients": 1, "with_image": 1, **told(1)},
     }
     assert figures["sections"] == {"studies": 4, "findings": 4, "impression": 4, "both": 4}
     assert figures["missing_images"] == 1
@@ -162,6 +184,22 @@ def test_preview_shows_the_tensor_and_the_text(tmp_path: Path) -> None:
         mean, std = np.float32(size.mean)[:, None, None], np.float32(size.std)[:, None, None]
         undone = (expected[0] * std + mean).transpose(1, 2, 0) * 255
         assert min(np.abs(image - undone).max() for image in images) <= 0.51
+
+
+def test_preview_shows_both_views_and_the_indication(tmp_path: Path) -> None:
+    root = corpora.two_views(tmp_path / "m")
+    for report in root.rglob("s50000000.txt"):
+        report.write_text(report.read_text().replace("cough", "<b>cough</b>"))
+    run("preview", root, "--out", tmp_path / "p.html", "--views", "frontal+lateral")
+    html = (tmp_path / "p.html").read_text("utf-8")
+    articles = html.split("<article>")[1:]
+    assert sorted(article.count("<img") for article in articles) == [1] * 5 + [2] * 5
+    assert "<dd>&lt;b&gt;cough&lt;/b&gt; for 0 days.</dd>" in html
+    assert html.count("<dd>not stated</dd>") == 1
+    for lateral in root.rglob("l0.jpg"):
+        corpora.corrupt(lateral)
+    run("preview", root, "--out", tmp_path / "p.html", "--views", "frontal+lateral")
+    assert "its lateral image is unreadable" in (tmp_path / "p.html").read_text("utf-8")
 
 
 def test_preview_is_drawn_by_seed_and_survives_a_corrupt_image(tmp_path: Path) -> None:

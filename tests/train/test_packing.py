@@ -42,6 +42,17 @@ def test_packed_loss_and_gradients_are_those_of_padded_rows(bench: Workbench) ->
     assert_same_step(bench.step(items, packing=True), bench.step(items, packing=False))
 
 
+def test_the_constant_start_is_computed_once(bench: Workbench) -> None:
+    items, start = bench.items[:3], len(bench.model.prompt.before)
+    batch = collate(bench.model, items, bench.features, packed=True)
+    alone = [collate(bench.model, [e], bench.features).embeds.shape[1] for e in items]
+    assert batch.shared == start
+    assert batch.lengths == tuple(n - start for n in alone)
+    assert batch.embeds.shape[1] == sum(alone) - 2 * start
+    assert batch.positions is not None
+    assert [int(batch.positions[0, start + n]) for n in (0, alone[0] - start)] == [start, start]
+
+
 def test_a_step_is_the_same_in_parts(bench: Workbench) -> None:
     """Parts have other numbers of report tokens: a mean of means would differ."""
     items = bench.items[:7]
@@ -58,6 +69,7 @@ def test_a_sample_does_not_see_its_neighbours(bench: Workbench) -> None:
         batch = collate(bench.model, chosen, bench.features, packed=True)
         assert batch.lengths is not None
         a, n, _ = batch.lengths
+        a += batch.shared
         only = torch.full_like(batch.targets, -100)
         only[:, a : a + n] = batch.targets[:, a : a + n]
         batch = replace(batch, targets=only)

@@ -15,8 +15,8 @@ from rx_edge.errors import ConfigError, InputError
 from rx_edge.model.catalogue import fetched_dir
 from rx_edge.radiograph import open_radiograph
 from rx_edge.train.data import READERS, Corpus, guess, read
-from rx_edge.train.data.images import open_image
-from rx_edge.train.data.mimic_sections import findings_and_impression
+from rx_edge.train.data.images import open_images
+from rx_edge.train.data.mimic_sections import findings_and_impression, indication
 from tests.train import corpora
 from tests.train.corpora import BUILDERS, FINDINGS, IMPRESSION, mimic_report
 
@@ -111,6 +111,11 @@ def test_mimic_sectioned_table_is_preferred(tmp_path: Path) -> None:
     result = corpus("mimic-cxr", root)
     assert [s.target for s in result.samples] == ["From the table."]
     assert result.dropped["no findings"] == 1
+    assert "secret history" in result.samples[0].indication  # which the table does not have
+    for report in root.rglob("s50000001.txt"):
+        report.unlink()
+    (alone,) = corpus("mimic-cxr", root).samples
+    assert (alone.target, alone.indication) == ("From the table.", "")
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,9 @@ def test_mimic_exceptions() -> None:
     assert findings_and_impression("s50196495", "x" * 59 + "y" * 340 + "z") == ("y" * 340, "")
     assert findings_and_impression("s58235663", report) == ("", "")
     assert findings_and_impression("s1", "no heading at all") == ("", "")
+    for study in ("s50058765", "s50196495", "s58235663"):
+        assert indication(study, report) == ""  # where the findings may stand
+    assert indication("s1", report) == "Lungs are clear."
 
 
 def test_kaggle(tmp_path: Path) -> None:
@@ -209,7 +217,7 @@ def test_padchest(tmp_path: Path) -> None:
         for n, split in enumerate(("train", "val", "test"))
     }
     assert result.dropped == {"not in the split file": 1}
-    image = open_image(result.samples[0])
+    (image,) = open_images(result.samples[0])
     assert image.pixels.max() == 1.0  # 16 bits
 
 
@@ -254,7 +262,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path) -> None:
     file = root / "df_chexpert_plus_240401.csv"
     with file.open(newline="") as lines:
         rows = [*csv.reader(lines)]
-    rows[3][-1], rows[3][6] = "valid", FINDINGS  # study2 of the patient in train
+    rows[3][-1], rows[3][-3] = "valid", FINDINGS  # study2 of the patient in train
     corpora.table(file, " ".join(rows[0]), rows[1:])
     with pytest.raises(ConfigError, match="one patient is in both 'train' and 'val'"):
         corpus("chexpert-plus", root)
@@ -280,7 +288,7 @@ def test_corrupt_image_is_named_and_skipped_only_when_asked(reader: str, tmp_pat
     again = corpus(reader, root)
     assert len(again.samples) == len(before.samples)
     with pytest.raises(InputError, match="its image is unreadable: .*set skip_bad = true") as error:
-        open_image(again.split("train")[0])
+        list(open_images(again.split("train")[0]))
     assert repr(bad.id) in str(error.value)
     assert "patient-folder" not in str(error.value)  # no path: it may hold a patient's id
     kept = corpus(reader, root, skip_bad=True)

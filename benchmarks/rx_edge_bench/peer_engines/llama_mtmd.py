@@ -19,7 +19,8 @@ from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge_bench.peer_engines.base import Answer, Job, Picture
 from rx_edge_bench.peer_engines.llama_common import Context
-from rx_edge_export.libmtmd import MARKER, Stock, library
+from rx_edge_export import stock_files
+from rx_edge_export.libmtmd import Stock, library
 
 PIECE = 256  # bytes of one token's text: more than any has
 
@@ -49,7 +50,7 @@ class LlamaMtmd(Closing):
         """
         manifest = job.bundle.manifest
         self._end, self._limit = job.end, job.limit
-        self._text = manifest.prompt.template.replace("{image}", MARKER)
+        self._text = stock_files.literal(manifest.prompt)
         self._stock = Stock(
             job.bundle.path(manifest.stock[0].file), job.llm, exact=False, threads=job.threads
         )

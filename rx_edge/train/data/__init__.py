@@ -35,6 +35,8 @@ class Sample:
         complete: False when only a beginning is known, so the end must not be learned.
         split: "train", "val" or "test".
         study: study id where it is not `id`.
+        lateral: a second image of the study, where the corpus is read as frontal+lateral.
+        indication: why the study was asked for, on one line; "" where the corpus does not say.
     """
 
     id: str
@@ -45,6 +47,13 @@ class Sample:
     complete: bool
     split: str
     study: str = ""
+    lateral: Path | None = None
+    indication: str = ""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Its image files in the order of their soft prompts; none for text only."""
+        return tuple(path for path in (self.image, self.lateral) if path is not None)
 
 
 @dataclass(frozen=True)

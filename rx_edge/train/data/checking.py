@@ -5,6 +5,7 @@ An unreadable image is named by its study, as someone has to replace it.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,19 +22,21 @@ from rx_edge.train.data import (
     without,
 )
 from rx_edge.train.data.images import unreadable
-from rx_edge.train.data.studies import MISSING, one_line
+from rx_edge.train.data.studies import MISSING, NO_LATERAL, one_line
 
 Progress = Callable[[str, int, int, str], None]  # what, done, of, detail
 
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """One split; `studies` counts a study with several images once."""
+    """One split; `studies` counts a study with several images once, the others count samples."""
 
     samples: int
     studies: int
     patients: int
     with_image: int
+    with_lateral: int
+    with_indication: int
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def check(
         splits={split: _counts(corpus.split(split)) for split in SPLITS},
         sections=corpus.sections,
         dropped=corpus.dropped,
-        missing_images=corpus.dropped.get(MISSING, 0),
+        missing_images=sum(corpus.dropped.get(reason, 0) for reason in (MISSING, NO_LATERAL)),
         duplicates=duplicates,
         duplicate_share=duplicates / max(1, len(reports)),
         held_out_in_train=leaked,
@@ -142,14 +145,9 @@ def check(
 
 
 def _open_all(name: str, corpus: Corpus, progress: Progress) -> tuple[dict[str, str], int]:
-    total, done = sum(s.image is not None for s in corpus.samples), 0
-    found: dict[str, str] = {}
-    for sample in corpus.samples:
-        if sample.image is not None:
-            found |= unreadable([sample])
-            done += 1
-            progress(f"images of {name}", done, total, "")
-    return found, done
+    total, done = sum(len(s.images) for s in corpus.samples), itertools.count(1)
+    found = unreadable(corpus.samples, lambda: progress(f"images of {name}", next(done), total, ""))
+    return found, total
 
 
 def _reports(samples: Sequence[Sample]) -> list[Sample]:
@@ -163,6 +161,8 @@ def _counts(samples: Sequence[Sample]) -> SplitCounts:
         studies=len({s.study or s.id for s in samples}),
         patients=len({s.patient for s in samples}),
         with_image=sum(s.image is not None for s in samples),
+        with_lateral=sum(s.lateral is not None for s in samples),
+        with_indication=sum(bool(s.indication) for s in samples),
     )
 
 

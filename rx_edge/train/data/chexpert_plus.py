@@ -2,7 +2,7 @@
 
 `path_to_image` says .jpg (`train/patient1/study2/view1_frontal.jpg`) where the files are .png.
 `frontal_lateral` is Frontal or Lateral; `split` is train or valid, and valid is read as "val":
-there is no test split.
+there is no test split. The indication is `section_clinical_history`, else `section_history`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
             findings=text_of(row, "section_findings"),
             impression=text_of(row, "section_impression"),
             pictures=(),
+            indication=text_of(row, "section_clinical_history") or text_of(row, "section_history"),
         )
         studies[name] = replace(known, pictures=(*(known.pictures or ()), picture))
     corpus = assemble(studies.values(), config)

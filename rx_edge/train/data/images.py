@@ -18,43 +18,44 @@ Tick = Callable[[], None]
 
 
 @contextmanager
-def naming(sample: Sample) -> Iterator[Path]:
-    """Yield the image's path; a failure to read it inside names the study instead.
+def naming(sample: Sample, path: Path) -> Iterator[None]:
+    """A failure to read `path`, an image of the sample, names the study instead.
 
     Raises:
         InputError: the body could not read the image.
     """
-    if sample.image is None:
-        raise InputError(f"study {sample.id!r} has no image")
     try:
-        yield sample.image
+        yield
     except (InputError, UsageError) as error:
+        which = "image" if path == sample.image else "lateral image"
         raise InputError(
-            f"study {sample.id!r}: its image is unreadable: {_reason(error, sample.image)}; "
+            f"study {sample.id!r}: its {which} is unreadable: {_reason(error, path)}; "
             "replace it, or set skip_bad = true for this corpus to leave such studies out"
         ) from None  # the cause names the path
 
 
-def open_image(sample: Sample) -> Radiograph:
-    """The sample's radiograph, pixels float32 (H, W) in [0, 1].
+def open_images(sample: Sample) -> Iterator[Radiograph]:
+    """Radiographs of all of the sample's images, pixels float32 (H, W) in [0, 1].
 
     Raises:
-        InputError: it is unreadable; the message names the study.
+        InputError: one is unreadable; the message names the study.
     """
-    with naming(sample) as path:
-        return open_radiograph(path)
+    for path in sample.images:
+        with naming(sample, path):
+            opened = open_radiograph(path)
+        yield opened
 
 
 def unreadable(samples: Iterable[Sample], tick: Tick = lambda: None) -> dict[str, str]:
     """Open every image. What cannot be read: sample id -> reason, without a path."""
-    found = {}
+    found: dict[str, str] = {}
     for sample in samples:
-        if sample.image is not None:
+        for path in sample.images:
             try:
-                open_radiograph(sample.image)
+                open_radiograph(path)
             except (InputError, UsageError) as error:
-                found[sample.id] = _reason(error, sample.image)
-        tick()
+                found.setdefault(sample.id, _reason(error, path))
+            tick()
     return found
 
 

@@ -52,6 +52,7 @@ def read(path: Path, config: CorpusConfig) -> Corpus:
             findings=text_of(row, "findings"),
             impression=text_of(row, "impression"),
             pictures=tuple(pictures[row["uid"]]),
+            indication=text_of(row, "indication"),
         )
         for row in rows(path / _REPORTS, ("uid", "findings", "impression"))
     )

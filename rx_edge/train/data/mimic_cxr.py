@@ -5,6 +5,7 @@
     mimic-cxr-2.0.0-split.csv.gz, mimic-cxr-2.0.0-metadata.csv.gz
     mimic_cxr_sectioned.csv                        used instead of the reports where it is there
 
+That table has no indications: they come from the reports, where those are there too.
 `images` names the `files/` of the images where the two releases lie apart. The tables may be in
 either, unpacked or not.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import ConfigError
 from rx_edge.train.data import Corpus
-from rx_edge.train.data.mimic_sections import findings_and_impression
+from rx_edge.train.data.mimic_sections import findings_and_impression, indication
 from rx_edge.train.data.studies import (
     SPLIT_NAMES,
     Picture,
@@ -87,7 +88,10 @@ def _studies(
     for (subject, number, split), dicoms in images.items():
         name = f"s{number}"
         place = Path(f"p{subject[:2]}", f"p{subject}")
-        sections = sectioned.get(name) or _from_report(path / "files" / place, name)
+        report = _report(path / "files" / place / f"{name}.txt")
+        sections = sectioned.get(name) or (
+            None if report is None else findings_and_impression(name, report)
+        )
         if sections is None:
             absent["report missing"] += 1
             continue
@@ -101,6 +105,7 @@ def _studies(
                 Picture(_image(folder / place / name, dicom), views.get(dicom))
                 for dicom in sorted(dicoms)
             ),
+            indication=indication(name, report or ""),
         )
 
 
@@ -111,12 +116,11 @@ def _sectioned(path: Path) -> dict[str, Sections]:
     return {row["study"]: (text_of(row, "findings"), text_of(row, "impression")) for row in table}
 
 
-def _from_report(place: Path, study: str) -> Sections | None:
+def _report(file: Path) -> str | None:
     try:
-        text = (place / f"{study}.txt").read_text(encoding="utf-8", errors="replace")
+        return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return findings_and_impression(study, text)
 
 
 def _image(place: Path, dicom: str) -> Path:

@@ -80,6 +80,20 @@ def findings_and_impression(study: str, text: str) -> tuple[str, str]:
     return sections.get("findings", ""), sections.get("impression", "")
 
 
+def indication(study: str, text: str) -> str:
+    """Why the study was asked for, else its history; "" where a report has neither.
+
+    Only the first paragraph, as findings without a heading may follow it, and without the `___` of
+    de-identification. A study with rules of its own has none: there, what stands under that heading
+    may be the findings.
+    """
+    if study in _NO_FINDINGS | _FINDINGS_AT.keys() | _FINDINGS_UNDER.keys():
+        return ""
+    sections = _sections(text)
+    found = sections.get("indication") or sections.get("history", "")
+    return re.split(r"\n\s*\n", found)[0].replace("_", "")
+
+
 def _sections(text: str) -> dict[str, str]:
     """Section -> its text, the last one of a name; empty findings and impressions do not count.
 

@@ -3,7 +3,8 @@
 A `parentImage` id is the name of its PNG. The XML does not say the view of an image.
 
 Split: a JSON file of ids as in R2Gen's annotation (`CXR2384_IM-0942...`), of which the study
-number counts. Sentences with redactions (`XXXX`) are dropped: a model would learn to print them.
+number counts. Sentences with redactions (`XXXX`) are dropped, in the indication too: a model would
+learn to print them.
 """
 
 from __future__ import annotations
@@ -64,10 +65,11 @@ def _study(file: Path, splits: Mapping[str, str], folder: Path | None) -> Study:
         findings=section(root, "FINDINGS"),
         impression=section(root, "IMPRESSION"),
         pictures=pictures,
+        indication=section(root, "INDICATION"),
     )
 
 
 def section(root: ET.Element, label: str) -> str:
-    """The text of a section ("FINDINGS", "IMPRESSION") as the file has it, with redactions."""
+    """The text of a section ("FINDINGS", "INDICATION" ...) as the file has it, with redactions."""
     found = (e.text or "" for e in root.iter("AbstractText") if e.get("Label") == label)
     return " ".join(found).strip()

@@ -1,4 +1,4 @@
-"""One HTML page of samples: the text to learn, and the image exactly as the model sees it.
+"""One HTML page of samples: the text to learn, and the images exactly as the model sees them.
 
 Nothing on the page is loaded from elsewhere and nothing runs in it: images are data: URLs.
 **It may hold patient data**, and says so.
@@ -19,8 +19,8 @@ from rx_edge.config import ImageRecipe
 from rx_edge.errors import InputError
 from rx_edge.image import prepare
 from rx_edge.train.data import Corpus, Sample
-from rx_edge.train.data.images import open_image
-from rx_edge.types import ImageTensor
+from rx_edge.train.data.images import open_images
+from rx_edge.types import ImageTensor, Radiograph
 
 NOTICE = (
     "This page may hold patient data (images and report text). It was written because it was asked "
@@ -35,6 +35,7 @@ body { font: 15px/1.45 sans-serif; margin: 2em auto; max-width: 60em; padding: 0
 .notice { border: 2px solid #a00; padding: .6em 1em; }
 article { display: flex; gap: 1.2em; border-top: 1px solid #999; padding: 1em 0; }
 img { width: 224px; height: 224px; background: #000; image-rendering: pixelated; }
+img { display: block; margin-bottom: .4em; }
 dt { color: #555; } dd { margin: 0 0 .6em; } p { margin-top: 0; }
 </style></head><body><h1>Samples</h1>
 """
@@ -73,22 +74,26 @@ def _article(name: str, sample: Sample, recipe: ImageRecipe) -> str:
         "split": sample.split,
         "view": sample.view or "not stated",
         "end of the report is learned": "yes" if sample.complete else "no",
+        "indication": sample.indication or "not stated",
     }
     items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
     return (
-        f"<article><div>{_picture(sample, recipe)}</div>"
+        f"<article><div>{_pictures(sample, recipe)}</div>"
         f"<div><p>{escape(sample.target)}</p><dl>{items}</dl></div></article>"
     )
 
 
-def _picture(sample: Sample, recipe: ImageRecipe) -> str:
-    if sample.image is None:
-        return "<p>text only</p>"
+def _pictures(sample: Sample, recipe: ImageRecipe) -> str:
+    shown = [] if sample.images else ["<p>text only</p>"]
     try:
-        tensor = prepare(open_image(sample), recipe)
+        shown += [_picture(radiograph, recipe) for radiograph in open_images(sample)]
     except InputError as error:
-        return f"<p>{escape(str(error))}</p>"
+        shown.append(f"<p>{escape(str(error))}</p>")
+    return "".join(shown)
+
+
+def _picture(radiograph: Radiograph, recipe: ImageRecipe) -> str:
     file = io.BytesIO()
-    displayed(tensor, recipe).save(file, "PNG")
+    displayed(prepare(radiograph, recipe), recipe).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode("ascii")
     return f'<img alt="model input" src="data:image/png;base64,{data}">'

@@ -80,4 +80,5 @@ def _study(key: str, entry: dict[str, Any], split: str, folder: Path) -> Study:
         findings=text_of(entry, "Findings"),
         impression=text_of(entry, "Impression"),
         pictures=tuple(Picture(folder / p, v) for p, v in zip(paths, views, strict=False)),
+        indication=text_of(entry, "Indication"),
     )

@@ -11,10 +11,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rx_edge.config import CorpusConfig
 from rx_edge.errors import ConfigError
@@ -23,7 +23,9 @@ from rx_edge.train.data import SPLITS, Corpus, Sample
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(
     ("valid", "validate", "validation"), "val"
 )
-MISSING = "image file missing"  # reason in `Corpus.dropped`
+MISSING = "image file missing"  # reasons in `Corpus.dropped`
+NO_LATERAL = "lateral image file missing, frontal image kept"
+BOTH: Final = "frontal+lateral"  # of `CorpusConfig.views`
 _MAX_FIELD = 16 * 2**20  # a report is a few kB; the module's default of 128 kB cuts long ones off
 
 
@@ -42,6 +44,7 @@ class Study:
     Attributes:
         split: one of SPLITS, or None when the corpus does not assign one.
         pictures: None where the corpus is read as text only.
+        indication: why it was asked for, as the corpus has it; "" where it does not say.
     """
 
     id: str
@@ -50,6 +53,7 @@ class Study:
     findings: str
     impression: str
     pictures: tuple[Picture, ...] | None
+    indication: str = ""
 
 
 def one_line(text: str) -> str:
@@ -70,9 +74,17 @@ def assemble(
     Args:
         states_views: whether the corpus says the view of an image; where not, "frontal" takes a
             study's first image and the sample's view stays None.
-        clean: applied to a section; what becomes empty cannot be a target.
+        clean: applied to a section and to the indication; what becomes empty cannot be a target.
         cleaned: what it did, for the reason.
+
+    Raises:
+        ConfigError: "frontal+lateral" of a corpus that does not state views.
     """
+    if config.views == BOTH and not states_views:
+        raise ConfigError(
+            f"reader {config.reader!r}: its corpus does not say which image is the lateral one, so "
+            f"it cannot be read as {BOTH!r}; take a corpus that says it (docs/guides/data.md)"
+        )
     samples: list[Sample] = []
     dropped, sections = Counter[str](), Counter[str]()
     for study in studies:
@@ -83,13 +95,13 @@ def assemble(
         elif not all(parts.values()):
             absent = next(name for name, text in parts.items() if not text)
             dropped[f"no {absent}{cleaned}"] += 1
-        elif study.pictures is None:
-            target = " ".join(parts.values())
-            samples.append(Sample(study.id, study.patient, None, None, target, True, study.split))
         else:
-            pictures = _pictures(study, config.views, states_views, dropped)
-            target = " ".join(parts.values())
-            samples += _samples(study, study.split, target, pictures, config.views)
+            text = Sample(
+                id=study.id, patient=study.patient, image=None, view=None,
+                target=" ".join(parts.values()), complete=True, split=study.split,
+                indication=clean(study.indication),
+            )  # fmt: skip
+            samples += _samples(study, text, config.views, states_views, dropped)
     return Corpus(tuple(samples), dict(dropped), dict(sections))
 
 
@@ -106,12 +118,38 @@ def _target(study: Study, section: str, clean: Callable[[str], str]) -> dict[str
     return {name: clean(getattr(study, name)) for name in names}
 
 
-def _pictures(study: Study, views: str, states_views: bool, dropped: Counter[str]) -> list[Picture]:
+def _samples(
+    study: Study, text: Sample, views: str, states_views: bool, dropped: Counter[str]
+) -> list[Sample]:
+    """`text` alone, or with each of the images that become samples."""
+    if study.pictures is None:
+        return [text]
+    several = views == "all" and len(study.pictures) > 1
+    lateral = _lateral(study.pictures) if views == BOTH else None
+    found = [
+        replace(
+            text,
+            id=f"{study.id}/{picture.path.stem}" if several else study.id,
+            image=picture.path,
+            view=picture.view,
+            study=study.id,
+            lateral=lateral if lateral and lateral.is_file() else None,
+        )
+        for picture in _pictures(study.pictures, views, states_views, dropped)
+    ]
+    if found and lateral and not lateral.is_file():
+        dropped[NO_LATERAL] += 1
+    return found
+
+
+def _pictures(
+    pictures: Sequence[Picture], views: str, states_views: bool, dropped: Counter[str]
+) -> list[Picture]:
     """Those that become samples, all of them on this machine."""
-    wanted = list(study.pictures or ())
+    wanted = list(pictures)
     if not wanted:
         dropped["no image"] += 1
-    elif views == "frontal":
+    elif views != "all":
         wanted = [p for p in wanted if p.view == "frontal" or not states_views][:1]
         if not wanted:
             dropped["no image stated to be frontal"] += 1
@@ -121,21 +159,9 @@ def _pictures(study: Study, views: str, states_views: bool, dropped: Counter[str
     return here
 
 
-def _samples(
-    study: Study, split: str, target: str, pictures: Iterable[Picture], views: str
-) -> Iterator[Sample]:
-    several = views == "all" and len(study.pictures or ()) > 1
-    for picture in pictures:
-        yield Sample(
-            id=f"{study.id}/{picture.path.stem}" if several else study.id,
-            patient=study.patient,
-            image=picture.path,
-            view=picture.view,
-            target=target,
-            complete=True,
-            split=split,
-            study=study.id,
-        )
+def _lateral(pictures: Sequence[Picture]) -> Path | None:
+    """The first image that is stated to be lateral."""
+    return next((p.path for p in pictures if p.view == "lateral"), None)
 
 
 def rows(path: Path, columns: Iterable[str]) -> Iterator[dict[str, str]]:
