@@ -249,7 +249,8 @@ def _drafts_row(
 ) -> dict[str, Any]:
     base = [rounds[0] for rounds in found[PLAIN]]
     mine = [rounds[0] for rounds in found[name]]
-    equal = [a.text == b.text for a, b in zip(base, mine, strict=True)]
+    # bytes that are no UTF-8, which a model of random weights writes, are shown differently
+    equal = [a.ids == b.ids or a.text == b.text for a, b in zip(base, mine, strict=True)]
     seconds = {n: [[a.seconds for a in r] for r in rounds] for n, rounds in found.items()}
 
     def against(other: str, studies: Sequence[bool]) -> dict[str, float] | None:

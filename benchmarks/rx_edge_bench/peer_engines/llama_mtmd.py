@@ -9,6 +9,7 @@ Does not cover: llama-server, which keeps the prompt's constant start in its KV 
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import time
 from typing import Any
@@ -84,7 +85,8 @@ class LlamaMtmd(Closing):
             pieces += self._piece(token)
             if len(ids) < self._limit:
                 self._context.decode([token])
-        text = pieces.decode(errors="ignore").strip()
+        # as ours: what is no UTF-8 is shown as such, a character that was cut is not shown
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes(pieces)).strip()
         return Answer(tuple(ids), text, time.perf_counter() - started)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ Does not cover: images; GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -117,7 +118,8 @@ class Worker(Closing):
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # it ended with a request unread
+                    stream.close()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
