@@ -85,6 +85,9 @@ class RuntimeConfig:
     max_draft: int = _option(15, "most tokens proposed per pass; the length is chosen online")
     prefix_cache: bool = _option(True, "keep the constant instruction in the KV cache")
     fused_prefill: bool = _option(True, "soft prompt and the text after it in one batch")
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "auto: the GPU where this installation can use one; a second choice is a flag"
+    )
     logprobs: bool = _option(False, "log-probability of every token; 1 % of a small model's step")
     temperature: float = _option(0.0, "0 = greedy; more = sampled, for studies of a model only")
     seed: int = _option(0, "of sampling")

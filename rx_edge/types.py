@@ -57,7 +57,7 @@ class StudyInput:
 
     image: Path
     lateral: Path | None = None
-    indication: str = ""
+    indication: str = field(default="", repr=False)
 
     @staticmethod
     def of(study: StudyInput | Path) -> StudyInput:

@@ -58,8 +58,9 @@ def measure(
         raise UsageError(f"lever {unknown[0]!r} is unknown; there are {', '.join(OFF)}")
     bundle = open_bundle(root)
     settings: dict[str, Options] = {ALL: {}}
-    settings |= {f"{name} off": {"runtime": replace(RuntimeConfig(), **{name: False})}
-                 for name in off}  # fmt: skip
+    for name in off:
+        without_it: dict[str, Any] = {name: False}
+        settings[f"{name} off"] = {"runtime": replace(RuntimeConfig(), **without_it)}
     if without:
         settings[f"{bundle.language(language).name} -> {without}"] = {"language": without}
     drafts: dict[str, list[Drafted]] = {name: [] for name in settings}

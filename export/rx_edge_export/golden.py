@@ -20,12 +20,13 @@ from rx_edge.bundle import SCHEMA, Bundle, schema_for
 from rx_edge.config import PromptConfig
 from rx_edge.errors import VerificationError
 from rx_edge.prompting import takes_indication
+from rx_edge.runtime.self_check import INDICATION, golden_indication
 from rx_edge.types import FloatArray, StudyInput
 
 GREEDY_TOKENS = 32  # of a canary study
 DRAFT_TOKENS = 64  # of a calibration study's draft
 ASKED = "Cough and fever."  # a canary's indication
-INDICATION, PLAIN = "indication", "logits_plain"  # of vectors that only such models have
+PLAIN = "logits_plain"  # of vectors that only such models have, beside INDICATION
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def study(bundle: Bundle, canary: str, vectors: Mapping[str, Any]) -> StudyInput
     """What the golden vectors of a canary were computed from."""
     manifest = bundle.manifest
     files = [bundle.path(name) for name in views(manifest.prompt, manifest.canaries, canary)]
-    return StudyInput(files[0], files[1] if len(files) == 2 else None, indication(vectors))
+    return StudyInput(files[0], files[1] if len(files) == 2 else None, golden_indication(vectors))
 
 
 def views(prompt: PromptConfig, canaries: Sequence[str], canary: str) -> list[str]:
@@ -84,11 +85,6 @@ def views(prompt: PromptConfig, canaries: Sequence[str], canary: str) -> list[st
     if prompt.views == "one":
         return [canary]
     return [canary, canaries[(list(canaries).index(canary) + 1) % len(canaries)]]
-
-
-def indication(vectors: Mapping[str, Any]) -> str:
-    """A canary's indication; "" where the model reads none."""
-    return bytes(vectors[INDICATION]).decode() if INDICATION in vectors else ""
 
 
 def as_vector(text: str) -> Any:

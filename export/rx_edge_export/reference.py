@@ -27,6 +27,7 @@ from rx_edge.model.parts import trained_parts
 from rx_edge.model.report_model import ReportModel, greedy_batch
 from rx_edge.prompting import takes_indication
 from rx_edge.radiograph import open_radiograph
+from rx_edge.runtime.self_check import INDICATION, golden_indication
 from rx_edge.types import FloatArray, ImageTensor, Radiograph
 from rx_edge_export import golden, phantom
 from rx_edge_export.calibration import Study
@@ -56,7 +57,7 @@ def read_canaries(root: Path, files: Sequence[str]) -> list[Canary]:
     for file in files:
         vectors = load_file(root / golden_file(file))
         soft, logits = (torch.from_numpy(vectors[k]) for k in ("soft_prompt", "logits"))
-        found.append(Canary(file, soft, logits, golden.indication(vectors)))
+        found.append(Canary(file, soft, logits, golden_indication(vectors)))
     return found
 
 
@@ -139,7 +140,7 @@ def _write(model: ReportModel, untrained: Untrained, out: Path, pixels: FloatArr
         "margins": (best.values[:, 0] - best.values[:, 1]).numpy().copy(),
     }
     if asked:
-        vectors[golden.INDICATION] = golden.as_vector(asked)
+        vectors[INDICATION] = golden.as_vector(asked)
     if schema_for(prompt) > SCHEMA:
         vectors[golden.PLAIN] = model.teacher_forced(one_by_one[0], [])[0].numpy().copy()
     save_file(vectors, out)

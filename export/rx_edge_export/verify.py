@@ -31,7 +31,7 @@ from rx_edge.errors import VerificationError
 from rx_edge.prompting import PromptIds, encode, filled, layout
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime import pipeline
-from rx_edge.runtime.self_check import soft_prompt_errors
+from rx_edge.runtime.self_check import golden_indication, kl_divergence, soft_prompt_errors
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import FloatArray, IntArray, SoftPrompt, StudyInput
 from rx_edge_export import golden, tolerances
@@ -101,12 +101,6 @@ def verify(bundle: Bundle, tick: Tick = lambda _: None, drafts: Drafts | None = 
     return Verdict.of(results, tuple(notes))
 
 
-def kl_divergence(reference: FloatArray, found: FloatArray) -> float:
-    """KL(softmax(reference) || softmax(found)) in nats, of two logit vectors (V,)."""
-    p, q = _log_softmax(reference), _log_softmax(found)
-    return float((np.exp(p) * (p - q)).sum())
-
-
 def _on_this_machine(artifact: Artifact) -> tuple[Artifact, str]:
     """TensorRT needs the hospital's GPU; elsewhere ONNX Runtime computes the same graph."""
     if artifact.format != "vision_tensorrt":
@@ -158,7 +152,7 @@ def _tokenizer(session: Session) -> StageResult:
 
 def _logits(session: Session, name: str, vectors: Mapping[str, Any]) -> list[StageResult]:
     file, soft_prompt = session.artifact.file, vectors["soft_prompt"]
-    asked = session.prompt_for(golden.indication(vectors))
+    asked = session.prompt_for(golden_indication(vectors))
     wanted = vectors["logits"]
     distance = kl_divergence(wanted, _after(session, asked, soft_prompt))
     of_adapter = kl_divergence(wanted, vectors["logits_without_adapter"])
@@ -271,9 +265,3 @@ def _max_difference(found: FloatArray, wanted: FloatArray) -> float:
     if found.shape != wanted.shape:
         return float("inf")
     return float(np.abs(found - wanted).max())
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    out: FloatArray = shifted - np.log(np.exp(shifted).sum())
-    return out

@@ -61,6 +61,15 @@ def is_available() -> str | None:
     return None
 
 
+def devices() -> tuple[str, ...]:
+    """What this build of llama.cpp can run on here, best first.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    return ("cuda", "cpu") if gguf_gpu.gpus(gguf_engine.engine()) else ("cpu",)
+
+
 def open(
     path: Path,
     *,

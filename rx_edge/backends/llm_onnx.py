@@ -57,6 +57,15 @@ def is_available() -> str | None:
     return onnx_engine.unavailable()
 
 
+def devices() -> tuple[str, ...]:
+    """What this build of ONNX Runtime can run on here, best first.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    return onnx_engine.devices()
+
+
 def open(
     path: Path,
     *,
@@ -90,7 +99,7 @@ def open(
         path,
         threads=threads,
         device=device,
-        provider_options={"cuda": {"use_tf32": "0"}} if exact else None,
+        provider_options=onnx_engine.NO_TF32 if exact else None,
     )
     model = OnnxLanguage(session, path, n_ctx, device)
     if n_ctx > model.context:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rx_edge.errors import BackendError, MissingExtraError
+from rx_edge.nvidia import driver
 from rx_edge.optional import require
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# else float32 products are computed with 10 bits of mantissa, which parity would take for a fault
+NO_TF32 = {"cuda": {"use_tf32": "0"}}
 SPINNING = "session.intra_op.allow_spinning"
 _LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose ... 4 fatal
 
@@ -41,6 +44,18 @@ def unavailable() -> str | None:
     except (ImportError, OSError) as error:  # a shared library does not load
         return f"onnxruntime is installed but does not load: {error}"
     return None
+
+
+def devices() -> tuple[str, ...]:
+    """What this build can run on here, best first: a CUDA build without a GPU runs on the CPU.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    if PROVIDERS["cuda"] not in engine().get_available_providers():
+        return ("cpu",)
+    found = driver()
+    return ("cpu",) if isinstance(found, str) or not found.gpus else ("cuda", "cpu")
 
 
 def session(

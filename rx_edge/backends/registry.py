@@ -5,6 +5,7 @@ module holds:
 
     REQUIRES         names of the packages it imports
     is_available()   None, or the reason why it cannot be used, in words for the user
+    devices()        what it can run on here, best first: "cuda", "cpu"
     open(...)        a `VisionBackend` or `LanguageBackend` (see `base.py`)
     SHARES_WEIGHTS   True where a file that is opened twice takes memory once (may be absent)
 

@@ -27,6 +27,15 @@ def is_available() -> str | None:
     return onnx_engine.unavailable()
 
 
+def devices() -> tuple[str, ...]:
+    """What this build of ONNX Runtime can run on here, best first.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    return onnx_engine.devices()
+
+
 def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     """Load an ONNX file.
 
@@ -42,7 +51,10 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
     # llama.cpp's prefill follows at once
-    session = onnx_engine.session(path, threads=threads, device=device, spinning=False)
+    session = onnx_engine.session(
+        path, threads=threads, device=device, spinning=False,
+        provider_options=onnx_engine.NO_TF32,
+    )  # fmt: skip
     return OnnxVision(session, path, device)
 
 

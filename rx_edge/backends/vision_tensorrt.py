@@ -74,6 +74,11 @@ def build(
     ).plan
 
 
+def devices() -> tuple[str, ...]:
+    """A GPU, and nothing else."""
+    return ("cuda",)
+
+
 def open(
     path: Path, *, threads: int, device: str = "cuda", progress: Progress | None = None
 ) -> TensorrtVision:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -37,6 +38,19 @@ LanguageChoice = Annotated[
     str | None, typer.Option("--llm", help="artefact, e.g. gguf:Q8_0; default: the bundle's")
 ]
 
+
+class Device(StrEnum):
+    """Where a bundle runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+DeviceChoice = Annotated[
+    Device,
+    typer.Option("--device", help="auto: a GPU where this installation can use one, else the CPU"),
+]
 NoDrafts = Annotated[
     bool,
     typer.Option("--no-drafts", help="decode token by token, without the bundle's report corpus"),

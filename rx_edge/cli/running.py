@@ -12,6 +12,8 @@ import typer
 from rx_edge.cli.common import (
     BundleArgument,
     BundleOption,
+    Device,
+    DeviceChoice,
     JsonFlag,
     LanguageChoice,
     NoDrafts,
@@ -56,6 +58,7 @@ def report(
         int | None, typer.Option("--max-new-tokens", min=1, help=_help("max_new_tokens"))
     ] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=0, help=_help("threads"))] = None,
+    device: DeviceChoice = Device.auto,
     no_drafts: NoDrafts = False,
     allow_unverified: Unverified = False,
 ) -> None:
@@ -70,7 +73,7 @@ def report(
         max_new_tokens=max_new_tokens,
         threads=threads,
         allow_unverified=allow_unverified,
-        runtime=RuntimeConfig(drafts=not no_drafts),
+        runtime=RuntimeConfig(drafts=not no_drafts, device=device.value),
     )
     with session:
         for note in session.notes:
@@ -170,6 +173,7 @@ def _refuse_missing(images: list[Path]) -> None:
 def tune(
     bundle: BundleArgument,
     llm: LanguageChoice = None,
+    device: DeviceChoice = Device.auto,
     as_json: JsonFlag = False,
     allow_unverified: Unverified = False,
 ) -> None:
@@ -180,7 +184,10 @@ def tune(
     from rx_edge.runtime import tuning
     from rx_edge.runtime.session import open_session
 
-    with open_session(bundle, language=llm, allow_unverified=allow_unverified) as session:
+    runtime = RuntimeConfig(device=device.value)
+    with open_session(
+        bundle, language=llm, allow_unverified=allow_unverified, runtime=runtime
+    ) as session:
         profile = tuning.measure(session, tick=say)
     if as_json:
         print_json(dataclasses.asdict(profile))

@@ -13,6 +13,8 @@ import typer
 
 from rx_edge.cli.common import (
     BundleOption,
+    Device,
+    DeviceChoice,
     JsonFlag,
     LanguageChoice,
     Unverified,
@@ -21,6 +23,7 @@ from rx_edge.cli.common import (
     progress,
     say,
 )
+from rx_edge.config import RuntimeConfig
 from rx_edge.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -73,12 +76,15 @@ def worklist(
     threads: Annotated[
         int | None, typer.Option("--threads", min=0, help="CPU threads; with Ray, of each worker")
     ] = None,
+    device: DeviceChoice = Device.auto,
     as_json: JsonFlag = False,
     allow_unverified: Unverified = False,
 ) -> None:
     """Draft every study of a directory or a list; run it again to go on where it stopped."""
     if ray_address and engine is not Engine.ray:
         raise UsageError(f"--ray-address {ray_address} needs --engine ray")
+    if device is Device.cuda and engine is Engine.ray:
+        raise UsageError("--engine ray drafts on CPUs only so far; leave --device cuda out")
     if slots > 1 and engine is Engine.ray:
         raise UsageError(f"--slots {slots} and --engine ray exclude each other; leave one")
     from rx_edge.runtime.pipeline import refuse_unread
@@ -92,8 +98,9 @@ def worklist(
 
         import_ray(ray_address)
     with open_session(
-        bundle, vision=vision, language=llm, threads=threads, allow_unverified=allow_unverified
-    ) as session:
+        bundle, vision=vision, language=llm, threads=threads, allow_unverified=allow_unverified,
+        runtime=RuntimeConfig(device="cpu" if engine is Engine.ray else device.value),
+    ) as session:  # fmt: skip
         for study in listed:
             refuse_unread(session.bundle.manifest.prompt, study)
         for note in session.notes:

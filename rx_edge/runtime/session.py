@@ -19,10 +19,8 @@ from rx_edge.config import GenerateConfig, RuntimeConfig
 from rx_edge.draft_index import open_drafts
 from rx_edge.errors import BundleError
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
-from rx_edge.runtime import self_check, tuning
+from rx_edge.runtime import placement, self_check, tuning
 from rx_edge.runtime.drafting import Drafter
-
-BUILT_HERE = ("vision_tensorrt",)  # formats whose engine no verification at export has seen
 
 
 @dataclass
@@ -122,42 +120,47 @@ def open_checked(
         generate = replace(generate, threads=threads)
     # none of the three waits for another, and each lets go of the interpreter's lock
     with ThreadPoolExecutor(2) as pool:
-        seeing = pool.submit(_open_vision, bundle, sees, generate)
+        seeing = pool.submit(placement.open_vision, bundle, sees, generate, runtime)
         reading = pool.submit(load_tokenizer, bundle.path(manifest.tokenizer))
         try:
-            language_backend = _open_language(bundle, writes, generate, runtime, exact=exact)
+            mouth = placement.open_language(bundle, writes, generate, runtime, exact=exact)
         except BaseException:
             if not seeing.exception():
-                seeing.result().close()
+                seeing.result().engine.close()
             raise
     try:
         eyes, tokenizer = seeing.result(), reading.result()
     except BaseException:
-        language_backend.close()
+        mouth.engine.close()
         if not seeing.exception():
-            seeing.result().close()
+            seeing.result().engine.close()
         raise
     prompt = prompt_ids(manifest.prompt, tokenizer)
     session = Session(
         bundle=bundle,
         vision_artifact=sees,
         artifact=writes,
-        vision=eyes,
-        language=language_backend,
+        vision=eyes.engine,
+        language=mouth.engine,
         tokenizer=tokenizer,
         prompt=prompt,
-        generate=generate,
+        generate=mouth.generate,
         runtime=runtime,
         drafter=None,
         notes=(
-            _note("vision", sees, eyes.device, vision),
-            _note("language", writes, language_backend.device, language),
+            _note("vision", sees, eyes.engine.device, vision),
+            _note("language", writes, mouth.engine.device, language),
         ),
-        warnings=_warnings(manifest.verification.notes, sees, writes),
+        warnings=(
+            *eyes.flags,
+            *mouth.flags,
+            *_warnings(manifest.verification.notes, sees, writes),
+        ),
         unverified=not manifest.verification.passed,
     )
     try:
         _check_pairing(session)
+        self_check.check(session)
         session.drafter = _drafter(bundle, prompt.end, runtime)
         _tune(session)
     except BaseException:
@@ -171,37 +174,6 @@ def _import_ahead(manifest: Manifest) -> None:
     for artifact in (*manifest.vision[:1], *manifest.language[:1]):
         registry.load(artifact.format).is_available()
     importlib.import_module("rx_edge.radiograph")  # pydicom and its codecs: a study comes next
-
-
-def _open_language(
-    bundle: Bundle,
-    artifact: Artifact,
-    generate: GenerateConfig,
-    runtime: RuntimeConfig,
-    *,
-    exact: bool,
-) -> LanguageBackend:
-    backend: LanguageBackend = registry.load(artifact.format).open(
-        bundle.path(artifact.file),
-        n_ctx=generate.n_ctx,
-        threads=generate.threads,
-        exact=exact,
-        fused=runtime.fused_prefill,
-    )
-    return backend
-
-
-def _open_vision(bundle: Bundle, artifact: Artifact, generate: GenerateConfig) -> VisionBackend:
-    backend: VisionBackend = registry.load(artifact.format).open(
-        bundle.path(artifact.file), threads=generate.threads
-    )
-    if artifact.format in BUILT_HERE:
-        try:
-            self_check.check(bundle, artifact, backend)
-        except BaseException:
-            backend.close()
-            raise
-    return backend
 
 
 def _drafter(bundle: Bundle, end: int, runtime: RuntimeConfig) -> Drafter | None:

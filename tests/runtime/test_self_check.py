@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rx_edge.backends import registry, vision_onnx
-from rx_edge.bundle import Artifact, Bundle, open_bundle
+from rx_edge.bundle import Artifact, Bundle, Verdict, open_bundle
 from rx_edge.errors import BundleError
 from rx_edge.runtime.self_check import LIMITS
 from rx_edge.runtime.session import open_checked
@@ -45,6 +45,10 @@ def built_here(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
             class Module:
                 @staticmethod
+                def devices() -> tuple[str, ...]:
+                    return ("cuda",)
+
+                @staticmethod
                 def open(path: Path, **_: Any) -> Engine:
                     engines.append(Engine(vision_onnx.open(path, threads=1), factor))
                     return engines[-1]
@@ -77,6 +81,8 @@ def test_a_broken_engine_is_refused_and_closed(built_here: Any, factor: float) -
 
 def test_an_engine_without_limits_is_refused(built_here: Any) -> None:
     bundle, artifact, engines = built_here(1.0)
+    manifest = dataclasses.replace(bundle.manifest, verification=Verdict())
+    bundle = dataclasses.replace(bundle, manifest=manifest)
     with pytest.raises(BundleError, match="has nothing to be compared with"):
         open_checked(bundle, vision=artifact)
     assert engines[0].closed
