@@ -20,6 +20,7 @@ from rx_edge.runtime.session import open_checked, open_session
 from rx_edge_export import calibration, imatrix, merge_lora, phantom, verify_drafts
 from rx_edge_export.export import export
 from rx_edge_export.golden import DRAFT_TOKENS, Drafts
+from rx_edge_export.imatrix import Stream
 from rx_edge_export.reference import draft
 from rx_edge_export.verify import verify
 from rx_edge_export.verify_page import page
@@ -87,7 +88,7 @@ def test_batched_drafts_are_the_single_ones(tiny_run: Path) -> None:
     model = load_run(tiny_run)
     studies = calibration.load(None, [], RECIPE, 50).check[:10]
     drafts = draft(model, studies)
-    assert drafts.pixels.shape == (10, 3, IMAGE_SIZE, IMAGE_SIZE)
+    assert [p.shape for p in drafts.pixels] == [(1, 3, IMAGE_SIZE, IMAGE_SIZE)] * 10
     for soft, tokens, margins in zip(
         drafts.soft_prompts, drafts.tokens, drafts.margins, strict=True
     ):
@@ -95,7 +96,7 @@ def test_batched_drafts_are_the_single_ones(tiny_run: Path) -> None:
         ended = len(tokens) < DRAFT_TOKENS
         assert len(margins) == len(tokens) + ended
         assert min(margins) >= 0
-    ((ids, _),) = greedy_batch(model, torch.from_numpy(drafts.soft_prompts[:1]), 3)
+    ((ids, _),) = greedy_batch(model, [torch.from_numpy(drafts.soft_prompts[0])], 3)
     assert list(drafts.tokens[0][:3]) == ids
 
 
@@ -131,8 +132,8 @@ def test_a_flipped_side_counts_unless_it_was_a_tie(
     monkeypatch.setattr(verify_drafts, "greedy", lambda *_: found)
     drafts = Drafts(
         names=("a",),
-        pixels=np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32),
-        soft_prompts=np.zeros((1, 4, 64), np.float32),
+        pixels=(np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.float32),),
+        soft_prompts=(np.zeros((4, 64), np.float32),),
         tokens=(wanted,),
         margins=((9.0, margin, 9.0, 9.0),),
     )
@@ -157,7 +158,7 @@ def test_importance_is_the_mean_square_of_the_inputs(tiny_run: Path, merged_dir:
     model = load_run(tiny_run)
     soft = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
     report = [5, 6, 7]
-    matrix = imatrix.collect(merged_dir, model.prompt, [(soft, report)])
+    matrix = imatrix.collect(merged_dir, [Stream(model.prompt, soft, report)])
     before, after = model.prompt.before, [*model.prompt.after, *report, model.prompt.end]
     with torch.inference_mode():
         embeds = torch.cat([model.embed(before), torch.from_numpy(soft), model.embed(after)])
@@ -179,12 +180,12 @@ def test_importance_is_the_mean_square_of_the_inputs(tiny_run: Path, merged_dir:
 def test_soft_prompts_change_the_importance(tiny_run: Path, merged_dir: Path) -> None:
     prompt = load_run(tiny_run).prompt
     soft = 5 * np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
-    text = imatrix.collect(merged_dir, prompt, [(None, [5, 6])])
-    both = imatrix.collect(merged_dir, prompt, [(soft, [5, 6])])
+    text = imatrix.collect(merged_dir, [Stream(prompt, None, [5, 6])])
+    both = imatrix.collect(merged_dir, [Stream(prompt, soft, [5, 6])])
     name = "blk.1.ffn_down.weight"
     assert not np.allclose(text[name], both[name], rtol=0.05)
     with pytest.raises(ExportError, match="needs calibration studies"):
-        imatrix.collect(merged_dir, prompt, [])
+        imatrix.collect(merged_dir, [])
 
 
 def test_a_corpus_and_an_importance_matrix_in_one_export(

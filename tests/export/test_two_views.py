@@ -25,7 +25,7 @@ from rx_edge.errors import BundleError, ExportError, UsageError, VerificationErr
 from rx_edge.model.report_model import load_run
 from rx_edge.prompting import MAX_INDICATION_TOKENS
 from rx_edge.runtime import pipeline
-from rx_edge.runtime.self_check import LIMITS
+from rx_edge.runtime.self_check import INDICATION, LIMITS, golden_indication
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import StudyInput
 from rx_edge_export import artifacts, calibration, golden, imatrix, plan, verify_drafts
@@ -52,7 +52,7 @@ def test_every_stage_is_about_both_views_and_the_indication(asking_bundle: Path)
         vectors = load_file(asking_bundle / golden.golden_file(canary))
         assert vectors["pixels"].shape == (2, 3, IMAGE_SIZE, IMAGE_SIZE)
         assert vectors["soft_prompt"].shape == (8, 64)
-        assert golden.indication(vectors) == golden.ASKED
+        assert golden_indication(vectors) == golden.ASKED
     one, two = (load_file(asking_bundle / golden.golden_file(c)) for c in bundle.manifest.canaries)
     assert np.array_equal(one["pixels"], two["pixels"][::-1])
     assert verify(bundle).passed
@@ -80,7 +80,7 @@ def test_one_of_the_two_alone(asking_run: Path, tmp_path: Path, only: str) -> No
     assert manifest.prompt.views == ("frontal+lateral" if only == "views" else "one")
     vectors = load_file(tmp_path / "out" / golden.golden_file(manifest.canaries[0]))
     assert len(vectors["pixels"]) == (2 if only == "views" else 1)
-    assert (golden.INDICATION in vectors) == (only == "indication")
+    assert (INDICATION in vectors) == (only == "indication")
     assert golden.PLAIN in vectors
 
 
@@ -183,7 +183,7 @@ def test_a_fault_in_a_bundle_is_refused(bundle: Path, fault: str) -> None:
     assert stage in {s.stage for s in verify(open_bundle(bundle)).failures()}
 
 
-@pytest.mark.parametrize("lost", [golden.INDICATION, golden.PLAIN])
+@pytest.mark.parametrize("lost", [INDICATION, golden.PLAIN])
 def test_vectors_that_tell_too_little_are_refused(bundle: Path, lost: str) -> None:
     file = bundle / golden.golden_file(open_bundle(bundle).manifest.canaries[1])
     vectors = load_file(file)
@@ -204,8 +204,14 @@ def test_an_engine_built_here_is_compared_on_both_views(
         """ONNX Runtime in the place of TensorRT."""
 
         @staticmethod
+        def devices() -> tuple[str, ...]:
+            return ("cuda",)
+
+        @staticmethod
         def open(path: Path, **_: Any) -> Any:
-            return vision_onnx.open(path, threads=1)
+            engine = vision_onnx.open(path, threads=1)
+            engine.device = "some GPU"
+            return engine
 
     monkeypatch.setattr(
         registry, "load", lambda name: Built if name == "vision_tensorrt" else faithful(name)
