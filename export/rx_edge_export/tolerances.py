@@ -27,7 +27,8 @@ TOKEN_MARGIN = {
     "F32": 0.05, "F16": 0.1, "Q8_0": 0.75, "Q6_K": 1.0, "Q5_K_M": 1.25, "Q4_K_M": 1.75,
     "IQ4_NL": 2.0, "fp32": 0.05, "fp16": 0.1, "int8": 0.75, "int4": 2.0,
 }  # fmt: skip
-# the same, where another vision artefact feeds the default language model
+# the same, where another vision artefact feeds the default language model, whose own allowance
+# counts where it is larger
 VISION_MARGIN = {"fp32": 0.05, "fp16": 0.1, "int8": 1.5, "fp8": 2.0}
 # changed facts per study (negation, side, finding; each on its own), of at least 50 studies,
 # where the trained model was not undecided itself (`verify_drafts.TIE`)
