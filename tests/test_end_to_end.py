@@ -14,7 +14,7 @@ import torch
 from rx_edge import image
 from rx_edge.bundle import MANIFEST
 from rx_edge.config import RuntimeConfig
-from rx_edge.model.report_model import load_run
+from rx_edge.model.report_model import greedy_batch, load_run
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.session import open_checked, open_session
 from rx_edge.runtime.worklist import draft_all
@@ -137,12 +137,19 @@ def test_demo_bundle_says_what_torch_says(demo_bundle: Path) -> None:
     pixels = image.prepare(open_radiograph(study), model.recipe.image)
     with torch.inference_mode():
         soft = model.encoder(torch.from_numpy(pixels))[0]
-    wanted = model.greedy(soft, 32)
+    ((wanted, margins),) = greedy_batch(model, soft[None], 32)
     for precision in ("Q8_0", "F16"):
         with open_session(demo_bundle, language=precision, max_new_tokens=32) as session:
-            assert list(run_to_end(session, study).token_ids) == wanted
+            said, end = [*run_to_end(session, study).token_ids], session.prompt.end
             found = session.vision.encode(pixels)[0]
         assert np.abs(found - soft.numpy()).max() < 1e-3
+        if precision == "F16":
+            assert said == wanted
+            continue
+        pairs = zip([*said, end], [*wanted, end], strict=False)
+        parted = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        # quantised: which way a tie falls differs between processors
+        assert parted is None or margins[parted] < TIE
 
 
 def test_the_published_figures_prove_that_the_image_matters() -> None:
