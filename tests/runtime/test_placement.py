@@ -19,9 +19,9 @@ from rx_edge.bundle import Verdict, open_bundle
 from rx_edge.config import RuntimeConfig
 from rx_edge.errors import BackendError, BundleError, DeviceMemoryError
 from rx_edge.runtime import placement
-from rx_edge.runtime.pipeline import draft
 from rx_edge.runtime.session import open_checked, open_session
 from rx_edge.types import Report
+from rx_edge_bench.latency import run_to_end
 
 CUDA, CPU = RuntimeConfig(device="cuda"), RuntimeConfig(device="cpu")
 
@@ -84,13 +84,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 def drafted(session: Any) -> Report:
-    chunks = draft(session, session.bundle.path(session.bundle.manifest.canaries[0]))
-    while True:
-        try:
-            next(chunks)
-        except StopIteration as end:
-            report: Report = end.value
-            return report
+    return run_to_end(session, session.bundle.path(session.bundle.manifest.canaries[0]))
 
 
 def test_auto_takes_the_gpu_and_an_order_is_followed(tiny_bundle: Path, gpu: Gpu) -> None:

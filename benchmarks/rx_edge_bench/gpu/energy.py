@@ -14,9 +14,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
+from rx_edge.closing import Closing
 from rx_edge.errors import BackendError
 from rx_edge.nvidia import LIBRARY, driver
 from rx_edge_bench.gpu.artefacts import gguf
@@ -78,7 +78,7 @@ def metered(report: Callable[[], object], length: float, library: str = LIBRARY)
     }
 
 
-class Sensor:
+class Sensor(Closing):
     """Reads the first GPU's power in a thread while the body runs.
 
     Attributes:
@@ -113,16 +113,12 @@ class Sensor:
             raise BackendError(f"{len(self.readings)} readings of power; at least {LEAST}")
         return statistics.fmean(self.readings)
 
-    def __enter__(self) -> Sensor:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the readings."""
         self._ended.set()
         self._thread.join()
         self._nvml.nvmlShutdown()
