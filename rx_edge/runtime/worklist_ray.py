@@ -5,6 +5,7 @@ it the same studies again and keeps few of them under way. A worker opens the bu
 which checks every hash on its machine, reads, drafts and files study by study through the `Store`,
 and answers with a key and whether there is a report; a study begun twice is filed under one key.
 Ray would try for ever a study that ends every worker: marks on disk count how often it was begun.
+They also show that work goes on: a Ray that lost a worker and never starts the next ends in an error.
 Images never pass through Ray, and the process that drives it reads none. Indications do not pass
 through it either: a worker reads the list of studies by itself.
 
@@ -17,11 +18,14 @@ import dataclasses
 import logging
 import math
 import os
+import queue
 import secrets
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,7 @@ from rx_edge.types import Result, StudyInput
 
 BLOCK = 16  # most studies in one task, of which each costs the driver some milliseconds
 TRIES = 3  # times that a study may end its worker before it counts as failed
+PATIENCE = 900.0  # seconds without a study begun or ended
 CONNECT = 10.0  # seconds
 OBJECTS = 256 * 2**20  # bytes of Ray's object store, which holds names of studies, never images
 SOCKET = 107 - 66  # longest temporary path: Linux allows 107 bytes, Ray appends up to 66
@@ -86,6 +91,7 @@ class Job:
     listed: tuple[Path, str] | None = None
     marks: Path = Path()
     tries: int = TRIES
+    patience: float = PATIENCE
     version: str = __version__
 
 
@@ -150,7 +156,8 @@ def draft_all(
 
     Raises:
         UsageError: the address is none, or the temporary directory's path is too long for Ray.
-        BackendError: Ray cannot be started or reached, or a worker cannot draft at all.
+        BackendError: Ray cannot be started or reached, a worker cannot draft at all, or nothing
+            moves any more.
     """
     with ExitStack() as stack:
         ray = stack.enter_context(_running(address, job.threads * (workers or job.local)))
@@ -160,12 +167,54 @@ def draft_all(
         marks = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ray-", dir=job.store.root))
         job = dataclasses.replace(job, marks=Path(marks), needed=(*job.needed, Path(marks)))
         try:
-            yield from _outcomes(ray, job, studies, count)
+            yield from _moving(_outcomes(ray, job, studies, count), job)
         except ray.exceptions.RayError as error:
             raise BackendError(
                 f"Ray gave up ({type(error).__name__}); run it again to go on, or try "
                 "--engine local"
             ) from error
+
+
+def _moving(outcomes: Iterator[Outcome], job: Job) -> Iterator[Outcome]:
+    """`outcomes`, while studies begin or end anywhere.
+
+    Raises:
+        BackendError: none did for `job.patience` seconds.
+    """
+    arrived: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
+    ended = threading.Event()
+
+    def pull() -> None:
+        try:
+            for outcome in outcomes:
+                arrived.put(outcome)
+                if ended.is_set():
+                    return
+            arrived.put(None)
+        except BaseException as error:  # for the caller's thread
+            arrived.put(error)
+
+    threading.Thread(target=pull, name="ray-outcomes", daemon=True).start()
+    seen, since = 0, time.monotonic()
+    try:
+        while True:
+            with suppress(queue.Empty):
+                found = arrived.get(timeout=min(1.0, job.patience / 4))
+                if found is None:
+                    return
+                if isinstance(found, BaseException):
+                    raise found
+                yield found
+                since = time.monotonic()
+            if (moved := job.marks.stat().st_mtime_ns) != seen:
+                seen, since = moved, time.monotonic()
+            if time.monotonic() - since > job.patience:
+                raise BackendError(
+                    f"no study was begun or ended for {job.patience:.0f} s: a worker hangs, or Ray "
+                    "starts none; what is drafted is kept, run it again to go on"
+                )
+    finally:
+        ended.set()
 
 
 def _outcomes(ray: Any, job: Job, studies: Sequence[Path], workers: int) -> Iterator[Outcome]:

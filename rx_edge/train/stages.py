@@ -22,6 +22,7 @@ import torch
 from rx_edge.config import StageConfig
 from rx_edge.model.report_model import ReportModel
 from rx_edge.train.batching import Example, epoch_order, sequence_length
+from rx_edge.train.dropout import use_cpu_dropout
 from rx_edge.train.engine import Engine, finite
 from rx_edge.train.features import Features
 from rx_edge.train.log import Log
@@ -59,6 +60,8 @@ def run_stage(
     directory.mkdir(parents=True, exist_ok=True)
     engine = engine or Engine(model.recipe.engine)
     trainable(model, stage)
+    if engine.device.type == "cpu":
+        use_cpu_dropout(model.lm)
     packed = model.recipe.engine.packing
     objective = Objective(model, features, packed=packed, dtype=engine.dtype)
     with contextlib.ExitStack() as stack:

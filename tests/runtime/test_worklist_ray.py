@@ -193,6 +193,20 @@ def test_studies_of_a_killed_worker_are_drafted_by_the_next(
         assert files == {Store(job.store.root, session).key(study) for study in studies}
 
 
+def test_a_run_in_which_nothing_moves_ends(
+    ray: Any, job: worklist_ray.Job, studies: list[Path], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe.dcm"
+    os.mkfifo(pipe)
+    job = dataclasses.replace(job, patience=4.0)
+    outcomes = worklist_ray.draft_all(job, [studies[0], pipe], workers=1)
+    assert next(outcomes).ok
+    with pytest.raises(BackendError, match=r"no study was begun or ended for 4 s"):
+        next(outcomes)
+    os.close(os.open(pipe, os.O_WRONLY))  # the worker that reads it goes on, and ends
+    assert len(list(job.store.root.glob("*.json"))) == 1
+
+
 def test_a_study_that_ends_every_worker_fails_alone(
     ray: Any, job: worklist_ray.Job, studies: list[Path], tmp_path: Path
 ) -> None:
