@@ -3,7 +3,8 @@
 Two tables. *End to end*: image file to final text. *Language model alone*: random token ids in, a
 fixed number of tokens out, with as many as our drafts had; engines that take no soft prompt can be
 compared only here, and `llama.cpp raw` is what `llama-bench` times, so that ours / raw is the
-overhead of our own code. Before the next study every engine has its turn, and who begins changes.
+overhead of our own code. Before the next study every engine has its turn, in an order of chance
+and after a rest, in which the idle threads of the engine before stop spinning.
 
 A ratio is seconds of the engine / seconds of ours, the median over studies, with a 95 % interval by
 a bootstrap over studies. What cannot run here is reported with the reason, never left out.
@@ -21,8 +22,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
-
-import numpy as np
 
 from rx_edge import guards
 from rx_edge.bundle import Bundle, open_bundle
@@ -44,11 +43,12 @@ from rx_edge_bench.peer_engines.base import (
     Writer,
     random_ids,
 )
-from rx_edge_bench.statistics import ratio_interval
+from rx_edge_bench.turns import Rounds, ratio, take_turns
 from rx_edge_export.mmproj_check import write_square
 
 SCHEMA = "rx-edge-peers-latency/1"
 OURS, PLAIN = "rx-edge", "rx-edge, drafts off"
+INT8 = "rx-edge, vision int8"
 MTMD, RAW, OPENVINO = "llama.cpp multimodal", "llama.cpp raw", "OpenVINO GenAI"
 SOFT = "rx-edge, soft prompt"
 OVERHEAD_LIMIT = 1.03  # ours / llama.cpp raw
@@ -63,9 +63,7 @@ NOTES = (
 LEAST_STUDIES = 10  # a bootstrap over fewer gives intervals that are too narrow
 FEW = f"Fewer than {LEAST_STUDIES} studies: a trial; the intervals are too narrow to conclude from."
 
-T = TypeVar("T")
 E = TypeVar("E", bound=Engine)
-Rounds: TypeAlias = list[list[T]]  # [study][repeat]
 Tick: TypeAlias = Callable[[str, int, int], None]
 Margin: TypeAlias = Callable[[int, Sequence[int]], float]  # of our choice in a study, after ids
 
@@ -138,37 +136,6 @@ def _header(job: Job) -> dict[str, Any]:
     }
 
 
-def take_turns(
-    engines: Mapping[str, E],
-    turn: Callable[[E, int, int], T],
-    studies: int,
-    repeats: int,
-    tick: Callable[[int, int], None] = lambda *_: None,
-) -> dict[str, Rounds[T]]:
-    """`turn(engine, study, repeat)` of every engine before the next study.
-
-    The beginner rotates, and after every full rotation the direction changes: no engine always
-    follows the same one.
-    """
-    names, done = list(engines), 0
-    found: dict[str, Rounds[T]] = {name: [[] for _ in range(studies)] for name in names}
-    for repeat in range(repeats):
-        for study in range(studies):
-            rotation, first = divmod(done, len(names))
-            for name in (names[first:] + names[:first])[:: -1 if rotation % 2 else 1]:
-                found[name][study].append(turn(engines[name], study, repeat))
-            done += 1
-            tick(done, repeats * studies)
-    return found
-
-
-def ratio(base: Rounds[float], other: Rounds[float]) -> dict[str, float]:
-    """Seconds of `other` / seconds of `base`: median over studies, and its 95 % interval."""
-    one, two = (np.asarray([median(r) for r in rounds], np.float64) for rounds in (base, other))
-    centre, low, high = ratio_interval(one, two)
-    return {"ratio": centre, "low": low, "high": high, "studies": len(one)}
-
-
 def _job(
     bundle: Bundle, run: Path | None, language: str | None, limit: int | None, threads: int | None
 ) -> tuple[Job, PromptIds]:
@@ -226,6 +193,8 @@ def _end_to_end(
         stack.enter_context(plain)
         drafting = stack.enter_context(ours.open_ours(job, drafts=True))
         engines: dict[str, Drafter] = {OURS: drafting, PLAIN: plain}
+        for name in (a.name for a in job.bundle.manifest.vision if a.name == "onnx:int8"):
+            engines[INT8] = stack.enter_context(ours.open_ours(job, drafts=True, vision=name))
         for engine in engines.values():
             engine.draft(pictures[0])
         missing = _open(stack, peers, engines, lambda e: e.draft(pictures[0]))
@@ -247,10 +216,10 @@ def _end_to_end(
 def _drafts_row(
     engine: Drafter, found: Mapping[str, Rounds[Answer]], name: str, margin: Margin
 ) -> dict[str, Any]:
-    base = [rounds[0] for rounds in found[PLAIN]]
+    plain = [rounds[0] for rounds in found[PLAIN]]
     mine = [rounds[0] for rounds in found[name]]
     # bytes that are no UTF-8, which a model of random weights writes, are shown differently
-    equal = [a.ids == b.ids or a.text == b.text for a, b in zip(base, mine, strict=True)]
+    equal = [a.ids == b.ids or a.text == b.text for a, b in zip(plain, mine, strict=True)]
     seconds = {n: [[a.seconds for a in r] for r in rounds] for n, rounds in found.items()}
 
     def against(other: str, studies: Sequence[bool]) -> dict[str, float] | None:
@@ -259,20 +228,21 @@ def _drafts_row(
         )
         return ratio(one, two) if one else None
 
+    bases = [base for base in (OURS, INT8, PLAIN) if base in found]
     return {
         "ran": True,
         "weights": engine.weights,
         "settings": engine.settings,
         "seconds": spread([s for rounds in seconds[name] for s in rounds]),
         "new_tokens": spread([float(len(a.ids)) for a in mine]),
-        "against": {other: against(other, [True] * len(mine)) for other in (OURS, PLAIN)},
-        "against_where_text_is_equal": {other: against(other, equal) for other in (OURS, PLAIN)},
+        "against": {other: against(other, [True] * len(mine)) for other in bases},
+        "against_where_text_is_equal": {other: against(other, equal) for other in bases},
         "text": {
             "equal": sum(equal),
             "of": len(equal),
             "differ": [
                 _difference(number, a.ids, b.ids, margin)
-                for number, (a, b, same) in enumerate(zip(base, mine, equal, strict=True))
+                for number, (a, b, same) in enumerate(zip(plain, mine, equal, strict=True))
                 if not same
             ],
             "same_every_time": all(len({a.ids for a in rounds}) == 1 for rounds in found[name]),

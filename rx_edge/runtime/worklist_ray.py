@@ -5,7 +5,7 @@ it the same studies again and keeps few of them under way. A worker opens the bu
 which checks every hash on its machine, reads, drafts and files study by study through the `Store`,
 and answers with a key and whether there is a report; a study begun twice is filed under one key.
 Ray would try for ever a study that ends every worker: marks on disk count how often it was begun.
-They also show that work goes on: a Ray that lost a worker and never starts the next ends in an error.
+They also show that work goes on: a Ray that lost a worker and starts no other ends in an error.
 Images never pass through Ray, and the process that drives it reads none. Indications do not pass
 through it either: a worker reads the list of studies by itself.
 

@@ -20,7 +20,7 @@ from rx_edge.config import ExportConfig
 from rx_edge.errors import BackendError, UsageError
 from rx_edge.prompting import layout
 from rx_edge.runtime.pipeline import open_study
-from rx_edge_bench import peers
+from rx_edge_bench import peers, turns
 from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm, ours
 from rx_edge_bench.peer_engines.base import Answer, Picture
 from rx_edge_bench.peers import MTMD, OPENVINO, OURS, PLAIN, RAW, SCHEMA, SOFT
@@ -208,17 +208,24 @@ def test_openvino_is_timed_by_its_own_clock(
             engine.write([1, 2], 3)
 
 
-def test_turns_rotate_and_turn_round() -> None:
+def test_turns_come_in_an_order_of_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "REST", 0.0)
     order: list[tuple[str, int]] = []
 
     def turn(engine: Any, study: int, repeat: int) -> int:
         order.append((engine, study))
         return repeat
 
-    found = peers.take_turns({"a": "A", "b": "B"}, turn, 2, 2)  # type: ignore[type-var]
-    assert order[:4] == [("A", 0), ("B", 0), ("B", 1), ("A", 1)]
-    assert order[4:] == [("B", 0), ("A", 0), ("A", 1), ("B", 1)]
-    assert found == {"a": [[0, 1], [0, 1]], "b": [[0, 1], [0, 1]]}
+    engines: dict[str, Any] = {"a": "A", "b": "B", "c": "C"}
+    found = turns.take_turns(engines, turn, 30, 2)
+    assert found == {name: [[0, 1]] * 30 for name in "abc"}
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert [{study for _, study in round_} for round_ in rounds] == [{i} for i in range(30)] * 2
+    orders = ["".join(engine for engine, _ in round_) for round_ in rounds]
+    assert set(orders) == {"ABC", "ACB", "BAC", "BCA", "CAB", "CBA"}
+    before: list[int] = []
+    turns.take_turns(engines, lambda e, *_: before.append(e), 30, 2)  # type: ignore[func-returns-value]
+    assert before == [engine for engine, _ in order]  # the same chance in every run
 
 
 def test_paths_are_cut_to_names() -> None:

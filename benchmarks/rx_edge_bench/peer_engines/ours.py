@@ -28,7 +28,7 @@ NO_END = -1  # a token that no model chooses: the length is fixed
 
 
 class RxEdge(Closing):
-    """The whole pipeline; the bundle's default vision artefact."""
+    """The whole pipeline."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -60,8 +60,11 @@ class RxEdge(Closing):
         self.session.close()
 
 
-def open_ours(job: Job, *, drafts: bool) -> RxEdge:
+def open_ours(job: Job, *, drafts: bool, vision: str | None = None) -> RxEdge:
     """The session of one comparison.
+
+    Args:
+        vision: a vision artefact; None = the bundle's default.
 
     Raises:
         BundleError, BackendError: refused.
@@ -69,6 +72,7 @@ def open_ours(job: Job, *, drafts: bool) -> RxEdge:
     return RxEdge(
         open_checked(
             job.bundle,
+            vision=vision,
             language=job.artifact,
             max_new_tokens=job.limit,
             threads=job.threads,
