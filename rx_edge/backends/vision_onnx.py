@@ -6,6 +6,7 @@ Does not cover: opening the engine (`onnx_engine.py`), TensorRT, preparing pixel
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,17 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     """
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
+    return OnnxVision(_session(path, threads, device), path, device)
+
+
+def _session(path: Path, threads: int, device: str) -> Any:
+    """On a GPU with a CUDA graph, unless the file has nodes that cannot be in one."""
     # llama.cpp's prefill follows at once
-    session = onnx_engine.session(
-        path, threads=threads, device=device, spinning=False,
-        provider_options=onnx_engine.NO_TF32,
-    )  # fmt: skip
-    return OnnxVision(session, path, device)
+    settings: dict[str, Any] = {"threads": threads, "device": device, "spinning": False}
+    if device != "cpu":
+        with suppress(BackendError):
+            return onnx_engine.session(path, **settings, provider_options=onnx_engine.CUDA_GRAPH)
+    return onnx_engine.session(path, **settings, provider_options=onnx_engine.NO_TF32)
 
 
 class OnnxVision(Closing):
@@ -65,6 +71,8 @@ class OnnxVision(Closing):
         _check_signature(session, path)
         self._session: Any = session
         self._size = int(session.get_inputs()[0].shape[2])
+        self._soft = tuple(session.get_outputs()[0].shape[1:])
+        self._bound = onnx_engine.BoundRuns(session, device) if device != "cpu" else None
         self.device = device
         self.pairing = str(session.get_modelmeta().custom_metadata_map.get(PAIRING_KEY, ""))
 
@@ -80,7 +88,7 @@ class OnnxVision(Closing):
         if not np.isfinite(images).all():
             raise BackendError("the image tensor holds NaN or infinite numbers")
         try:
-            soft_prompt: FloatArray = self._session.run([OUTPUT], {INPUT: images})[0]
+            soft_prompt = self._run(images)
         except Exception as error:  # onnxruntime's exceptions share no other base
             raise BackendError(f"onnxruntime failed on {images.shape}: {error}") from error
         if not np.isfinite(soft_prompt).all():
@@ -91,7 +99,13 @@ class OnnxVision(Closing):
 
     def close(self) -> None:
         """Free the session; idempotent."""
-        self._session = None
+        self._session = self._bound = None
+
+    def _run(self, images: FloatArray) -> FloatArray:
+        if self._bound:
+            return self._bound.run(images, (len(images), *self._soft))
+        soft_prompt: FloatArray = self._session.run([OUTPUT], {INPUT: images})[0]
+        return soft_prompt
 
 
 def _check_signature(session: Any, path: Path) -> None:

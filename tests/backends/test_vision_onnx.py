@@ -169,3 +169,35 @@ def test_a_slower_device_is_never_taken_silently(
     monkeypatch.setattr(onnxruntime, "InferenceSession", _Session)
     with pytest.raises(BackendError, match=r"asked for CUDA.* but uses CPUExecutionProvider"):
         vision_onnx.open(path, threads=1, device="cuda")
+
+
+def test_bound_buffers_give_what_a_run_gives(tmp_path: Path) -> None:
+    """The way a GPU runs, on the CPU's provider: buffers per batch size, results that stay."""
+    with vision_onnx.open(graph(tmp_path / "a.onnx"), threads=1) as backend:
+        wanted = {batch: backend.encode(images(batch)) for batch in (1, 3)}
+        other = backend.encode(-images(1))
+        backend._bound = onnx_engine.BoundRuns(backend._session, "cpu")
+        first = backend.encode(images(1))
+        assert np.array_equal(first, wanted[1])
+        assert np.array_equal(backend.encode(images(3)), wanted[3])
+        assert np.array_equal(backend.encode(-images(1)), other)
+        assert np.array_equal(backend.encode(images(3)[::-1])[0], wanted[3][2])  # not contiguous
+        assert np.array_equal(first, wanted[1])  # later runs do not write into it
+        assert set(backend._bound._sizes) == {1, 3}
+
+
+def test_a_graph_that_cannot_be_captured_runs_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = graph(tmp_path / "a.onnx"), []
+    real = onnx_engine.session
+
+    def session(path: Path, *, device: str, provider_options: Any, **settings: Any) -> Any:
+        asked.append(provider_options[device])
+        if "enable_cuda_graph" in provider_options[device]:
+            raise BackendError("not all nodes have been partitioned to the CUDA EP")
+        return real(path, device="cpu", **settings)
+
+    monkeypatch.setattr(onnx_engine, "session", session)
+    vision_onnx._session(path, 1, "cuda")
+    assert asked == [{"use_tf32": "0", "enable_cuda_graph": "1"}, {"use_tf32": "0"}]
