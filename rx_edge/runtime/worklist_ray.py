@@ -206,8 +206,9 @@ def _moving(outcomes: Iterator[Outcome], job: Job) -> Iterator[Outcome]:
                     raise found
                 yield found
                 since = time.monotonic()
-            if (moved := job.marks.stat().st_mtime_ns) != seen:
-                seen, since = moved, time.monotonic()
+            with suppress(OSError):  # shared storage may be away for a while
+                if (moved := job.marks.stat().st_mtime_ns) != seen:
+                    seen, since = moved, time.monotonic()
             if time.monotonic() - since > job.patience:
                 raise BackendError(
                     f"no study was begun or ended for {job.patience:.0f} s: a worker hangs, or Ray "

@@ -34,6 +34,7 @@ def check_recipe(recipe: TrainRecipe, path: Path) -> None:
     _check_views(recipe, path)
     if recipe.checkpoint_every < 1:
         raise ConfigError(f"{path}: checkpoint_every is {recipe.checkpoint_every}; at least 1")
+    _check_numbers(recipe, path)
     for stage in recipe.stages:
         if not stage.name.replace("-", "").replace("_", "").isalnum() or stage.name in RESERVED:
             raise ConfigError(
@@ -51,6 +52,29 @@ def check_recipe(recipe: TrainRecipe, path: Path) -> None:
                 f"{path}: stage {stage.name!r} uses data {list(stage.data)}; "
                 f"known: {', '.join(recipe.data) or 'none'}"
             )
+
+
+def _check_numbers(recipe: TrainRecipe, path: Path) -> None:
+    """What the optimiser or the adapter would choke on; NaN is in no range."""
+    lora, infinite = recipe.lora, float("inf")
+    checks = [
+        ("lora.r", lora.r, lora.r >= 1, "at least 1"),
+        ("lora.alpha", lora.alpha, lora.alpha >= 1, "at least 1"),
+        ("lora.dropout", lora.dropout, 0 <= lora.dropout < 1, "in [0, 1)"),
+    ]
+    for index, stage in enumerate(recipe.stages):
+        rate, clip, warm = stage.learning_rate, stage.max_grad_norm, stage.warmup_fraction
+        at = f"stages.{index}"
+        checks += [
+            (f"{at}.learning_rate", rate, 0 < rate < infinite, "above 0"),
+            (f"{at}.max_grad_norm", clip, clip > 0, "above 0"),
+            (f"{at}.warmup_fraction", warm, 0 <= warm <= 1, "in [0, 1]"),
+            (f"{at}.weight_decay", stage.weight_decay, 0 <= stage.weight_decay < infinite,
+             "0 or more"),
+        ]  # fmt: skip
+    for name, value, good, wanted in checks:
+        if not good:
+            raise ConfigError(f"{path}: {name} is {value}; it must be {wanted}")
 
 
 def _check_engine(recipe: TrainRecipe, path: Path) -> None:

@@ -28,7 +28,7 @@ class CpuDropout(nn.Module):
         """Any shape -> the same."""
         if not self.training or not self.dropped:
             return x
-        out: torch.Tensor = _Dropped.apply(x, self.dropped)
+        out: torch.Tensor = _Dropped.apply(x, self.dropped)  # type: ignore[no-untyped-call]
         return out
 
 
