@@ -17,11 +17,11 @@ from torch import nn
 _STEPS = 2**16  # values of 16 bits
 
 
-class CpuDropout(nn.Module):
+class CpuDropout(nn.Dropout):
     """`nn.Dropout` for CPU tensors: while training, x * mask / (1 - p)."""
 
     def __init__(self, p: float) -> None:
-        super().__init__()
+        super().__init__(p)
         self.dropped = round(p * _STEPS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,10 +49,10 @@ class _Dropped(torch.autograd.Function):
 
 
 def use_cpu_dropout(lm: nn.Module) -> None:
-    """Replace every `nn.Dropout` of a LM on the CPU, which are those of its adapter."""
+    """Replace every `nn.Dropout` that drops anything in a LM on the CPU: those of its adapter."""
     for module in list(lm.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Dropout:
+            if type(child) is nn.Dropout and child.p:
                 setattr(module, name, CpuDropout(child.p))
 
 
