@@ -44,7 +44,7 @@ def frontal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lateral(frontal: Path) -> Path:
-    return write(frontal.with_name("lateral.dcm"), 8, "LL")
+    return write(frontal.with_name("lateral.dcm"), 3, "LL")
 
 
 @pytest.fixture(scope="module")
