@@ -76,7 +76,7 @@ def compare(
         for recipe in (first, second):
             out = work / f"{seed}-{recipe.name}"
             wanted = replace(recipe, seed=seed)
-            if not (out / "metrics.json").is_file():
+            if not (out / "final").is_dir():  # appears at once, with all its files
                 _train(wanted, out, work / f"{seed}-{first.name}", progress)
             found[recipe.name].append({"seed": seed, **_scored(out)})
             progress("runs", sum(map(len, found.values())), 2 * len(seeds), recipe.name)
@@ -140,7 +140,10 @@ def _train(recipe: TrainRecipe, out: Path, earlier: Path, progress: Progress) ->
 
 
 def _scored(run: Path) -> dict[str, Any]:
-    """Nats and tokens of every held-out study with an image, and the run's grounding figures."""
+    """Nats and tokens of every held-out study with an image, and the run's grounding figures.
+
+    A run that was stopped while it took those has none: the losses do not need them.
+    """
     model = load_run(run)
     items = _held_out(model)
     features = FeatureCache(run / "features", model.vision, model.recipe.image)
@@ -148,7 +151,8 @@ def _scored(run: Path) -> dict[str, Any]:
     with torch.inference_mode():
         nats = [float(objective([item])) for item in items]
     tokens = [len(item.ids) for item in items]
-    measured = json.loads((run / "metrics.json").read_text("utf-8"))
+    proof = run / "metrics.json"
+    measured = json.loads(proof.read_text("utf-8")) if proof.is_file() else {}
     return {
         "studies": len(items),
         "nll": sum(nats) / sum(tokens),

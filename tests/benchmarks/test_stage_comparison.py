@@ -59,6 +59,12 @@ def test_seeds_are_trained_once_and_share_their_beginning(
     monkeypatch.setattr(stage_comparison, "train", trained_again)
     again = compare(recipes, (0, 1), tmp_path / "work", epochs=0.67)
     assert again["runs"] == found["runs"]
+    (tmp_path / "work" / "1-one" / "metrics.json").unlink()  # killed during its proof
+    rest = compare(recipes, (0, 1), tmp_path / "work", epochs=0.67)
+    assert rest["difference"] == found["difference"]
+    assert (rest["runs"]["one"][1]["grounding"], rest["runs"]["one"][0]) == (
+        {}, found["runs"]["one"][0],
+    )  # fmt: skip
 
 
 def test_loss_is_that_of_the_whole_report(

@@ -135,7 +135,7 @@ def test_a_list_of_studies_with_two_views_and_indications(
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
     found = []
     for engine in ("local", "ray"):
-        # in float16 a pass over several proposals can decide a tie, and the engines' proposals differ
+        # in float16 a pass over proposals can decide a tie, and the engines propose differently
         command = ["worklist", str(tmp_path / "list.jsonl"), "--bundle", str(asking_bundle)]
         command += ["--llm", "gguf:F32"]
         out = tmp_path / engine
