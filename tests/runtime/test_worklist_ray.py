@@ -157,15 +157,19 @@ def kill_its_reader(pipe: Path, drafting: Future[Any], replace_by: Path | None =
             time.sleep(0.05)
     else:
         pytest.fail(f"drafting ended first: {drafting.result()}")
-    reads = [p for p in psutil.Process().children(recursive=True) if holds(p.pid, pipe)]
-    assert len(reads) == 1
-    title = reads[0].cmdline()[0]
-    if replace_by:
-        pipe.unlink()
-        pipe.symlink_to(replace_by)
-    reads[0].send_signal(signal.SIGKILL)
-    psutil.wait_procs(reads)
-    os.close(writer)
+    try:
+        reads: list[psutil.Process] = []
+        while not reads:  # a reader that is still within open() holds nothing yet
+            reads = [p for p in psutil.Process().children(recursive=True) if holds(p.pid, pipe)]
+        assert len(reads) == 1
+        title = reads[0].cmdline()[0]
+        if replace_by:
+            pipe.unlink()
+            pipe.symlink_to(replace_by)
+        reads[0].send_signal(signal.SIGKILL)
+        psutil.wait_procs(reads)
+    finally:
+        os.close(writer)  # else whoever still reads it waits for ever, and the test with it
     return title
 
 
