@@ -193,8 +193,9 @@ def _end_to_end(
         stack.enter_context(plain)
         drafting = stack.enter_context(ours.open_ours(job, drafts=True))
         engines: dict[str, Drafter] = {OURS: drafting, PLAIN: plain}
-        for name in (a.name for a in job.bundle.manifest.vision if a.name == "onnx:int8"):
-            engines[INT8] = stack.enter_context(ours.open_ours(job, drafts=True, vision=name))
+        if any(artifact.name == "onnx:int8" for artifact in job.bundle.manifest.vision):
+            quick = ours.open_ours(job, drafts=True, vision="onnx:int8")
+            engines[INT8] = stack.enter_context(quick)
         for engine in engines.values():
             engine.draft(pictures[0])
         missing = _open(stack, peers, engines, lambda e: e.draft(pictures[0]))

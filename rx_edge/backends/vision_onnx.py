@@ -51,26 +51,30 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     """
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
-    return OnnxVision(_session(path, threads, device), path, device)
-
-
-def _session(path: Path, threads: int, device: str) -> Any:
-    """On a GPU with a CUDA graph, unless the file has nodes that cannot be in one."""
     # llama.cpp's prefill follows at once
     settings: dict[str, Any] = {"threads": threads, "device": device, "spinning": False}
     if device != "cpu":
-        with suppress(BackendError):
-            return onnx_engine.session(path, **settings, provider_options=onnx_engine.CUDA_GRAPH)
-    return onnx_engine.session(path, **settings, provider_options=onnx_engine.NO_TF32)
+        with suppress(BackendError):  # the file has nodes that cannot be in a CUDA graph
+            session = onnx_engine.session(path, **settings, provider_options=onnx_engine.CUDA_GRAPH)
+            captured = OnnxVision(session, path, device)
+            captured.encode(np.zeros((1, *captured.shape), np.float32))
+            return captured
+    session = onnx_engine.session(path, **settings, provider_options=onnx_engine.NO_TF32)
+    return OnnxVision(session, path, device)
 
 
 class OnnxVision(Closing):
-    """A `VisionBackend` (see `base.py` for the contract)."""
+    """A `VisionBackend` (see `base.py` for the contract).
+
+    Attributes:
+        shape: of one image, (3, S, S).
+    """
 
     def __init__(self, session: Any, path: Path, device: str) -> None:
         _check_signature(session, path)
         self._session: Any = session
-        self._size = int(session.get_inputs()[0].shape[2])
+        size = int(session.get_inputs()[0].shape[2])
+        self.shape = (3, size, size)
         self._soft = tuple(session.get_outputs()[0].shape[1:])
         self._bound = onnx_engine.BoundRuns(session, device) if device != "cpu" else None
         self.device = device
@@ -80,9 +84,8 @@ class OnnxVision(Closing):
         """float32 (B, 3, S, S) -> float32 (B, N, D)."""
         if self._session is None:
             raise BackendError("this vision model is closed; open the file again")
-        wanted = (3, self._size, self._size)
-        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
-            raise BackendError(f"images have shape {images.shape}; (B, *{wanted}) is expected")
+        if images.ndim != 4 or images.shape[1:] != self.shape or len(images) == 0:
+            raise BackendError(f"images have shape {images.shape}; (B, *{self.shape}) is expected")
         if images.dtype != np.float32:
             raise BackendError(f"images are {images.dtype}; float32 is expected")
         if not np.isfinite(images).all():

@@ -18,14 +18,11 @@ import dataclasses
 import logging
 import math
 import os
-import queue
 import secrets
 import socket
 import tempfile
-import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ from rx_edge.config import RuntimeConfig
 from rx_edge.errors import BackendError, BundleError, InputError, RxEdgeError, UsageError
 from rx_edge.optional import require
 from rx_edge.runtime.session import Session, open_session
+from rx_edge.runtime.stalling import moving
 from rx_edge.runtime.study_list import is_list, read_list
 from rx_edge.runtime.worklist import default_workers, draft_one
 from rx_edge.runtime.worklist_store import Store
@@ -167,55 +165,12 @@ def draft_all(
         marks = stack.enter_context(tempfile.TemporaryDirectory(prefix=".ray-", dir=job.store.root))
         job = dataclasses.replace(job, marks=Path(marks), needed=(*job.needed, Path(marks)))
         try:
-            yield from _moving(_outcomes(ray, job, studies, count), job)
+            yield from moving(_outcomes(ray, job, studies, count), job.marks, job.patience)
         except ray.exceptions.RayError as error:
             raise BackendError(
                 f"Ray gave up ({type(error).__name__}); run it again to go on, or try "
                 "--engine local"
             ) from error
-
-
-def _moving(outcomes: Iterator[Outcome], job: Job) -> Iterator[Outcome]:
-    """`outcomes`, while studies begin or end anywhere.
-
-    Raises:
-        BackendError: none did for `job.patience` seconds.
-    """
-    arrived: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
-    ended = threading.Event()
-
-    def pull() -> None:
-        try:
-            for outcome in outcomes:
-                arrived.put(outcome)
-                if ended.is_set():
-                    return
-            arrived.put(None)
-        except BaseException as error:  # for the caller's thread
-            arrived.put(error)
-
-    threading.Thread(target=pull, name="ray-outcomes", daemon=True).start()
-    seen, since = 0, time.monotonic()
-    try:
-        while True:
-            with suppress(queue.Empty):
-                found = arrived.get(timeout=min(1.0, job.patience / 4))
-                if found is None:
-                    return
-                if isinstance(found, BaseException):
-                    raise found
-                yield found
-                since = time.monotonic()
-            with suppress(OSError):  # shared storage may be away for a while
-                if (moved := job.marks.stat().st_mtime_ns) != seen:
-                    seen, since = moved, time.monotonic()
-            if time.monotonic() - since > job.patience:
-                raise BackendError(
-                    f"no study was begun or ended for {job.patience:.0f} s: a worker hangs, or Ray "
-                    "starts none; what is drafted is kept, run it again to go on"
-                )
-    finally:
-        ended.set()
 
 
 def _outcomes(ray: Any, job: Job, studies: Sequence[Path], workers: int) -> Iterator[Outcome]:

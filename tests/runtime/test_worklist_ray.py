@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -198,33 +197,6 @@ def test_studies_of_a_killed_worker_are_drafted_by_the_next(
     assert files == {outcomes[i].key for i in range(8)}
     with open_session(job.bundle, max_new_tokens=8) as session:
         assert files == {Store(job.store.root, session).key(study) for study in studies}
-
-
-def test_a_run_in_which_nothing_moves_ends(job: worklist_ray.Job, tmp_path: Path) -> None:
-    marks, hanging = tmp_path / "marks", threading.Event()
-    marks.mkdir()
-    job = dataclasses.replace(job, marks=marks, patience=1.0)
-
-    def outcomes() -> Iterator[worklist_ray.Outcome]:
-        yield worklist_ray.Outcome(0, "key", ok=True)
-        for study in range(6):  # longer than patience, but studies begin
-            time.sleep(0.4)
-            (marks / str(study)).touch()
-        yield worklist_ray.Outcome(1, "key", ok=True)
-        hanging.wait()
-
-    found = worklist_ray._moving(outcomes(), job)
-    assert [next(found).index, next(found).index] == [0, 1]
-    with pytest.raises(BackendError, match=r"no study was begun or ended for 1 s"):
-        next(found)
-    hanging.set()
-    with pytest.raises(BackendError, match="no Ray"):
-        list(worklist_ray._moving(_raising(BackendError("no Ray")), job))
-
-
-def _raising(error: Exception) -> Iterator[worklist_ray.Outcome]:
-    raise error
-    yield
 
 
 def test_a_study_that_ends_every_worker_fails_alone(
