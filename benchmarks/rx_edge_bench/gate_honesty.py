@@ -3,7 +3,8 @@
 A/A runs compare a bundle with itself: every regression there is a false alarm. Planted runs slow
 every engine call of one side down: a verdict "none" there is a miss. A planted
 second call of the encoder must be caught by Tier 0 each time. Planted runs share side A with an
-A/A run (three sides in turn), which saves a third of the time.
+A/A run (three sides in turn), which saves a third of the time. A study of an hour may be stopped
+after any run and continued.
 
 Does not cover: slow drifts over days, and machines other than the one it runs on.
 """
@@ -11,12 +12,14 @@ Does not cover: slow drifts over days, and machines other than the one it runs o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rx_edge.bundle import open_bundle
+from rx_edge.errors import UsageError
 from rx_edge_bench import block, gate, interleaved
 from rx_edge_bench.comparison import STAGES, Comparison, compare
 from rx_edge_bench.environment import environment, fingerprint
@@ -36,6 +39,8 @@ def measure(
     repeats: int = block.REPEATS,
     slowdown: float = SLOWDOWN,
     options: Sequence[str] = (),
+    earlier: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
     progress: Callable[[str, int, int, str], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Run the gate on itself.
@@ -45,32 +50,58 @@ def measure(
         pairs: blocks a side of one run; the least that can decide, so that the study is short
             (the gate itself takes 10 and sees more).
         options: more arguments of every block.
+        earlier: what a study with the same arguments found before it was stopped.
+        keep: is given what was found so far, after every run.
 
     Returns:
         JSON-ready: every run's ratios and block medians, how many alarms were false and how many
         faults were caught, each with its 95 % interval; environment.
 
     Raises:
+        UsageError: `earlier` is another study, or has as many runs as this one.
         BackendError, BundleError, VerificationError: the bundle does not run.
     """
-    a = interleaved.Side(bundle, options=(f"--repeats={repeats}", *options))
-    slow = replace(a, options=(*a.options, f"--slow={slowdown}"))
-    rows = []
-    for number in range(runs):
-        sides = {"A": a, "B": a, **({"slow": slow} if number < planted else {})}
-        blocks = _in_turn(sides, pairs)
-        rows += [_row(blocks, other) for other in sides if other != "A"]
-        progress("gate runs", number + 1, runs, rows[-1]["verdict"])
-    return {
+    head = {
         "schema": SCHEMA,
+        "bundle_sha256": open_bundle(bundle).digest,
         "rule": {"tolerance": TOLERANCE, "p": P_LIMIT, "blocks": pairs, "repeats": repeats},
         "slowdown": slowdown,
-        **_shares(rows),
-        "extra_encoder_call_caught": share(_extra_encoder_calls(bundle), ENCODER_TRIES),
-        "runs": rows,
+        "planted": planted,
+        "options": list(options),
         "fingerprint": fingerprint(),
         "environment": environment(),
     }
+    rows = _continued(head, earlier, runs)
+    a = interleaved.Side(bundle, options=(f"--repeats={repeats}", *options))
+    slow = replace(a, options=(*a.options, f"--slow={slowdown}"))
+    for number in range(_done(rows), runs):
+        sides = {"A": a, "B": a, **({"slow": slow} if number < planted else {})}
+        blocks = _in_turn(sides, pairs)
+        rows += [_row(blocks, other) for other in sides if other != "A"]
+        keep({**head, **_shares(rows), "runs": rows})
+        progress("gate runs", number + 1, runs, rows[-1]["verdict"])
+    caught = share(_extra_encoder_calls(bundle), ENCODER_TRIES)
+    return {**head, **_shares(rows), "extra_encoder_call_caught": caught, "runs": rows}
+
+
+def _continued(
+    head: Mapping[str, Any], earlier: Mapping[str, Any] | None, runs: int
+) -> list[dict[str, Any]]:
+    """The rows of the study that this one continues."""
+    if earlier is None:
+        return []
+    for key in head:
+        # the environment holds the load of the moment; the fingerprint is what must be equal
+        if key != "environment" and earlier.get(key) != head[key]:
+            raise UsageError(f"the file holds a study with another {key}; name another file")
+    rows = list(earlier["runs"])
+    if _done(rows) >= runs:
+        raise UsageError(f"the file holds {_done(rows)} runs already; name another file")
+    return rows
+
+
+def _done(rows: Sequence[dict[str, Any]]) -> int:
+    return sum(row["kind"] == "A/A" for row in rows)
 
 
 def _shares(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

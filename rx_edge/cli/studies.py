@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rx_edge.atomic import replacing
 from rx_edge.cli.common import (
     BundleArgument,
     Unverified,
@@ -18,6 +19,7 @@ from rx_edge.cli.common import (
     require_train,
     say,
 )
+from rx_edge.errors import UsageError
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="file to write; default: standard output")
@@ -148,7 +150,7 @@ def gate_honesty(
     threads: Threads = None,
     out: JsonFile = None,
 ) -> None:
-    """How often the latency gate cries wolf, and how often it sleeps."""
+    """How often the latency gate cries wolf, and how often it sleeps; FILE is continued."""
     from rx_edge_bench.block import REPEATS
     from rx_edge_bench.gate_honesty import measure
     from rx_edge_bench.statistics import MIN_BLOCKS
@@ -161,6 +163,8 @@ def gate_honesty(
             pairs=MIN_BLOCKS if pairs is None else pairs,
             repeats=REPEATS if repeats is None else repeats,
             options=() if threads is None else (f"--threads={threads}",),
+            earlier=_earlier(out),
+            keep=lambda found: None if out is None else _write(found, out),
             progress=bars,
         )
     _deliver(result, out)
@@ -300,5 +304,21 @@ def _deliver(result: dict[str, Any], out: Path | None) -> None:
     if out is None:
         print_json(result)
         return
-    out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    _write(result, out)
     say(f"written: {out}")
+
+
+def _write(result: dict[str, Any], out: Path) -> None:
+    with replacing(out) as part:
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _earlier(out: Path | None) -> dict[str, Any] | None:
+    """The study in `out` that is to be continued, if it is there."""
+    if out is None or not out.exists():
+        return None
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(out)!r} is no JSON document; name another file") from error
+    return found if isinstance(found, dict) else {}
