@@ -78,7 +78,7 @@ def measure(
             for name, flash in SETTINGS.items()
         }
         for number, study in enumerate(studies, start=1):
-            soft = session.vision.encode(open_study(session, study)[1])[0]
+            soft = session.vision.encode(open_study(session, study).images.pixels)[0]
             names = list(models) if number % 2 else list(models)[::-1]
             for name in names:
                 _compare(session, models[name], layout(session.prompt, soft), found[name])

@@ -154,7 +154,7 @@ def difference(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
         min(len(ours), len(theirs)),
     )
-    soft = session.vision.encode(open_study(session, studies[one.study])[1])[0]
+    soft = session.vision.encode(open_study(session, studies[one.study]).images.pixels)[0]
     session.language.rewind(0)
     prompt = layout(session.prompt, soft)
     logits = session.language.prefill([*prompt, np.asarray(ours[:at], np.int32)])

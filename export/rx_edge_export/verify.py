@@ -30,7 +30,7 @@ from rx_edge.config import RuntimeConfig
 from rx_edge.errors import VerificationError
 from rx_edge.prompting import PromptIds, encode, filled, layout
 from rx_edge.radiograph import open_radiograph
-from rx_edge.runtime import pipeline
+from rx_edge.runtime import pipeline, reading
 from rx_edge.runtime.self_check import golden_indication, kl_divergence, soft_prompt_errors
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import FloatArray, SoftPrompt, StudyInput
@@ -118,7 +118,7 @@ def _pixels(bundle: Bundle, studies: Mapping[str, StudyInput], known: Golden) ->
     recipe, file = bundle.manifest.image, bundle.manifest.vision[0].file
     results = []
     for name, study in studies.items():
-        found = pipeline.tensors([open_radiograph(path) for path in study.images], recipe)
+        found = reading.tensors([open_radiograph(path) for path in study.images], recipe)
         difference = _max_difference(found, known[name]["pixels"])
         results.append(_result("pixels", file, name, "max", difference, tolerances.PIXELS))
     return results
@@ -226,8 +226,8 @@ def _facts(
 
 def _changed_margin(session: Session, study: StudyInput, vectors: Mapping[str, Any]) -> float:
     """Feed the trained model's tokens; where ours would differ, how sure was the trained one?"""
-    opened, pixels = pipeline.open_study(session, study)
-    soft_prompt = pipeline.encode(session, pixels, opened.timings)
+    opened = pipeline.open_study(session, study)
+    soft_prompt = pipeline.encode(session, opened.images.pixels, opened.timings)
     rows = [_after(session, opened.prompt, soft_prompt)[None]]
     for token in vectors["tokens"]:  # one by one, as production decodes
         rows.append(session.language.step(np.asarray([token], np.int32)))

@@ -65,6 +65,10 @@ def worklist(
     slots: Annotated[
         int, typer.Option("--slots", min=0, help="drafts of a worker that share passes; 0 = auto")
     ] = 0,
+    readers: Annotated[
+        int | None,
+        typer.Option("--readers", min=0, help="processes that read ahead; default: as many as pay"),
+    ] = None,
     engine: Annotated[
         Engine, typer.Option("--engine", help="threads here, or processes of Ray Data")
     ] = Engine.local,
@@ -87,6 +91,8 @@ def worklist(
         raise UsageError("--engine ray drafts on CPUs only so far; leave --device cuda out")
     if slots > 1 and engine is Engine.ray:
         raise UsageError(f"--slots {slots} and --engine ray exclude each other; leave one")
+    if readers and engine is Engine.ray:
+        raise UsageError(f"--readers {readers} and --engine ray exclude each other; leave one")
     from rx_edge.runtime.pipeline import refuse_unread
     from rx_edge.runtime.session import open_session
     from rx_edge.runtime.study_list import studies_in
@@ -109,13 +115,18 @@ def worklist(
         if engine is Engine.ray:
             tally = _on_ray(session, store, listed, studies, workers, ray_address)
         else:
-            tally = _here(session, store, listed, workers, slots)
+            tally = _here(session, store, listed, workers, slots, readers)
         store.finish(tally.keys)
     _summary(tally, len(listed), out, as_json=as_json)
 
 
 def _here(
-    session: Any, store: Any, studies: Sequence[StudyInput], workers: int, slots: int
+    session: Any,
+    store: Any,
+    studies: Sequence[StudyInput],
+    workers: int,
+    slots: int,
+    readers: int | None,
 ) -> _Tally:
     from rx_edge.runtime.worklist import draft_all
 
@@ -134,7 +145,7 @@ def _here(
     tally.kept = len(tally.keys) - len(waiting)
     with progress() as bars:
         rest = [study for study, _ in waiting]
-        results = draft_all(session, rest, workers=workers, slots=slots)
+        results = draft_all(session, rest, workers=workers, slots=slots, readers=readers)
         for done, result in enumerate(results, start=1):
             store.put(waiting[result.index][1], result)
             tally.failed += result.report is None

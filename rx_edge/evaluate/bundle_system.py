@@ -42,9 +42,10 @@ class BundleSystem:
 
     def encode(self, study: StudyInput) -> Prompted:
         """Its V images -> (V N, D_lm), with the indication fitted."""
-        opened, pixels = open_study(self._session, study)
+        opened = open_study(self._session, study)
+        soft_prompt = encode(self._session, opened.images.pixels, opened.timings)
         indication, _ = fitted_indication(self._session.tokenizer, study.indication)
-        return Prompted(encode(self._session, pixels, opened.timings), indication)
+        return Prompted(soft_prompt, indication)
 
     def write(self, prompts: Sequence[Prompted]) -> list[str]:
         """One draft after the other, as `rx-edge report` decodes."""

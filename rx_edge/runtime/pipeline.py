@@ -10,7 +10,8 @@ A study is one image; a model of two views may be given a lateral image as well,
 prompt has a slot for it an indication. That may identify a patient: nothing but the model reads it,
 and no flag, error or provenance holds a word of it.
 
-Does not cover: several studies at once (`worklist.py`), how tokens are chosen (`decoding.py`).
+Does not cover: what becomes of a study's files (`reading.py`), several studies at once
+(`worklist.py`), how tokens are chosen (`decoding.py`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from typing import Any
 import numpy as np
 from tokenizers.decoders import DecodeStream
 
-from rx_edge import guards, image
+from rx_edge import guards
 from rx_edge.backends.base import encode_views
-from rx_edge.config import ImageRecipe, PromptConfig
+from rx_edge.config import PromptConfig
 from rx_edge.errors import UsageError
 from rx_edge.prompting import (
     MAX_INDICATION_TOKENS,
@@ -35,14 +36,13 @@ from rx_edge.prompting import (
     layout,
     takes_indication,
 )
-from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime.decoding import Draft, Sampler, decode, greedy
 from rx_edge.runtime.drafting import Drafter
+from rx_edge.runtime.reading import StudyImages, read_images
 from rx_edge.runtime.session import Session
-from rx_edge.types import FloatArray, Radiograph, Report, StudyInput, Timings, TokenChunk
+from rx_edge.types import FloatArray, Report, StudyInput, Timings, TokenChunk
 
 UNVERIFIED = "this bundle was not verified against the trained model"
-ONE_VIEW = "drafted without a lateral image"
 CUT = f"the indication was cut to {MAX_INDICATION_TOKENS} tokens"
 
 
@@ -51,30 +51,36 @@ class Study:
     """What was read on its way to a draft, what was noticed, and the time it took.
 
     Attributes:
-        radiographs: the frontal image, and the lateral one where it was given.
         prompt: token ids around the image slot, with the study's indication.
         indicated: whether it has one.
+        started: time.perf_counter() when reading began; where that was ahead of time, what it
+            would have been otherwise.
     """
 
-    radiographs: tuple[Radiograph, ...]
+    images: StudyImages
     prompt: PromptIds
     indicated: bool
     flags: list[str]
     timings: Timings
-    started: float  # time.perf_counter()
+    started: float
 
 
-def draft(session: Session, study: StudyInput | Path) -> Generator[TokenChunk, None, Report]:
+def draft(
+    session: Session, study: StudyInput | Path, *, images: StudyImages | None = None
+) -> Generator[TokenChunk, None, Report]:
     """Draft a report for a study; the generator's return value is the `Report`.
+
+    Args:
+        images: of this very study, where they were read ahead.
 
     Raises:
         UsageError, InputError: a file is no usable chest radiograph, or the model does not read
             what the study holds.
         BackendError: an engine failed; nothing is drafted from nonsense.
     """
-    opened, pixels = open_study(session, study)
+    opened = open_study(session, study, images=images)
     timings = opened.timings
-    soft_prompt = encode(session, pixels, timings)
+    soft_prompt = encode(session, opened.images.pixels, timings)
     logits = _prefill(session, opened.prompt, soft_prompt, timings)
     timings.time_to_first_token = time.perf_counter() - opened.started
     growing = new_draft(session, timings, session.drafter)
@@ -82,8 +88,13 @@ def draft(session: Session, study: StudyInput | Path) -> Generator[TokenChunk, N
     return report(session, opened, growing, text)
 
 
-def open_study(session: Session, study: StudyInput | Path) -> tuple[Study, FloatArray]:
-    """Read and check a study; with the tensors of its V images (V, 3, S, S).
+def open_study(
+    session: Session, study: StudyInput | Path, *, images: StudyImages | None = None
+) -> Study:
+    """Read and check a study.
+
+    Args:
+        images: of this very study, where they were read ahead.
 
     Raises:
         UsageError: the model does not read what the study holds; no file was opened.
@@ -92,23 +103,18 @@ def open_study(session: Session, study: StudyInput | Path) -> tuple[Study, Float
     """
     study, manifest = StudyInput.of(study), session.bundle.manifest
     refuse_unread(manifest.prompt, study)
-    started = time.perf_counter()
-    timings = Timings()
     indication, cut = fitted_indication(session.tokenizer, study.indication)
     prompt = session.prompt_for(indication)
-    radiographs = tuple(open_radiograph(path) for path in study.images)
-    flags = [CUT] if cut else []
-    flags += _image_flags(manifest.prompt, radiographs)
-    timings.read = time.perf_counter() - started
-    pixels = tensors(radiographs, manifest.image)
-    timings.prepare = time.perf_counter() - started - timings.read
-    return Study(radiographs, prompt, bool(indication), flags, timings, started), pixels
-
-
-def tensors(radiographs: Sequence[Radiograph], recipe: ImageRecipe) -> FloatArray:
-    """The images of a study, in their order -> (V, 3, S, S)."""
-    views = [image.prepare(radiograph, recipe) for radiograph in radiographs]
-    return views[0] if len(views) == 1 else np.concatenate(views)
+    images = images or read_images(study.images, manifest.prompt, manifest.image)
+    timings = Timings(read=images.read_seconds, prepare=images.prepare_seconds)
+    return Study(
+        images=images,
+        prompt=prompt,
+        indicated=bool(indication),
+        flags=[*([CUT] if cut else []), *images.flags],
+        timings=timings,
+        started=time.perf_counter() - timings.read - timings.prepare,
+    )
 
 
 def refuse_unread(prompt: PromptConfig, study: StudyInput) -> None:
@@ -124,19 +130,6 @@ def refuse_unread(prompt: PromptConfig, study: StudyInput) -> None:
         )
     if study.indication.strip() and not takes_indication(prompt):
         raise UsageError("this model was trained without indications; leave the indication out")
-
-
-def _image_flags(prompt: PromptConfig, radiographs: Sequence[Radiograph]) -> list[str]:
-    """Assumptions of the readers, and what the guards say, image by image."""
-    if prompt.views == "one":
-        return [*radiographs[0].notes, *guards.check_image(radiographs[0])]
-    frontal, lateral = radiographs[0], next(iter(radiographs[1:]), None)
-    flags = [*frontal.notes, *guards.check_image(frontal, "the frontal image")]
-    if lateral is not None:
-        flags += [f"lateral image: {note}" for note in lateral.notes]
-        flags += guards.check_image(lateral, "the lateral image")
-    flags += guards.check_views(frontal.view, lateral.view if lateral is not None else None)
-    return flags if lateral is not None else [*flags, ONE_VIEW]
 
 
 def report(session: Session, study: Study, growing: Draft, text: str) -> Report:
@@ -228,7 +221,7 @@ def text_of(session: Session, ids: Sequence[int]) -> str:
 
 
 def _provenance(session: Session, study: Study) -> dict[str, str]:
-    manifest, first = session.bundle.manifest, study.radiographs[0]
+    manifest, images = session.bundle.manifest, study.images
     found = {
         "model": manifest.name,
         "bundle_sha256": session.bundle.digest,
@@ -240,13 +233,13 @@ def _provenance(session: Session, study: Study) -> dict[str, str]:
             f"{session.artifact.format} {session.artifact.precision} {session.language.device}"
         ),
         "image_recipe": manifest.image.name,
-        "pixel_sha256": first.pixel_sha256,
-        "source_format": first.source_format,
+        "pixel_sha256": images.pixel_sha256[0],
+        "source_format": images.source_format,
     }
     if manifest.prompt.views != "one":
-        found["views"] = str(len(study.radiographs))
-        for lateral in study.radiographs[1:]:
-            found["lateral_pixel_sha256"] = lateral.pixel_sha256
+        found["views"] = str(len(images.pixel_sha256))
+        for lateral in images.pixel_sha256[1:]:
+            found["lateral_pixel_sha256"] = lateral
     if takes_indication(manifest.prompt):
         found["indication"] = "yes" if study.indicated else "no"
     return found

@@ -1,17 +1,19 @@
 """Many studies: each worker drafts several at once on its share of the cores.
 
-On one core no thread waits for another at every layer, and reading one
-study's file overlaps with decoding another's. The drafts of a worker share its passes. Workers
-share the checked bundle, and where the backend maps its file also the weights. Results come in the
+On one core no thread waits for another at every layer. The drafts of a worker share its passes, and
+processes read the next studies meanwhile. Workers share the checked bundle, and where the backend
+maps its file also the weights. Results come in the
 order of the studies; a study that fails is a result with an error, and the others go on.
 
-Does not cover: how drafts share passes (`worklist_slots.py`), writing results and resuming
-(`worklist_store.py`), workers that are processes, on one machine or several (`worklist_ray.py`).
+Does not cover: how drafts share passes (`worklist_slots.py`), reading ahead (`read_ahead.py`),
+writing results and resuming (`worklist_store.py`), workers that are processes, on one machine or
+several (`worklist_ray.py`).
 """
 
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -24,10 +26,14 @@ from rx_edge.errors import BackendError, RxEdgeError
 from rx_edge.machine import memory_free, physical_cores
 from rx_edge.runtime import worklist_slots
 from rx_edge.runtime.pipeline import draft
+from rx_edge.runtime.read_ahead import ReadAhead, Source, Waiting
+from rx_edge.runtime.reading import StudyImages
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result, StudyInput
 
 SLOTS = 4  # drafts of a worker
+# A process that reads takes a third of a second of a core to start, so it must have enough to read.
+STUDIES_PER_READER, MOST_READERS = 16, 8
 AHEAD = 2  # results per slot that may wait to be asked for
 
 
@@ -38,6 +44,7 @@ def draft_all(
     workers: int = 0,
     slots: int = 0,
     ahead: int = AHEAD,
+    readers: int | None = None,
 ) -> Iterator[Result]:
     """Draft every study; results in the order of `studies`.
 
@@ -46,6 +53,8 @@ def draft_all(
         slots: drafts of a worker that share its passes; 1 = one after the other, with proposals;
             0 = `SLOTS` where the backend can.
         ahead: results per slot that may wait to be asked for.
+        readers: processes that read studies ahead; 0 = every worker reads its own, None =
+            `default_readers`.
 
     Raises:
         BackendError: an engine failed or cannot be opened for a worker, or has no slots.
@@ -53,10 +62,11 @@ def draft_all(
     slots = _checked_slots(session, slots)
     count = min(workers or default_workers(session), max(1, len(studies)))
     with ExitStack() as stack:
+        source = _source(session, studies, readers)
+        stack.callback(source.stop)
         sessions = [session]
         if count > 1:
             sessions = [stack.enter_context(_worker(session, count)) for _ in range(count)]
-        source = _Studies([StudyInput.of(study) for study in studies])
         found: queue.Queue[Result | BaseException | None] = queue.Queue(count * slots * ahead)
         threads = [
             threading.Thread(
@@ -70,10 +80,12 @@ def draft_all(
         yield from _in_order(_collected(found, count))
 
 
-def draft_one(session: Session, index: int, study: StudyInput) -> Result:
+def draft_one(
+    session: Session, index: int, study: StudyInput, images: StudyImages | None = None
+) -> Result:
     """One study to its end; what is wrong with it is a result too."""
     try:
-        return Result(index, study.image, report=_to_end(session, study))
+        return Result(index, study.image, report=_to_end(session, study, images))
     except RxEdgeError as error:
         return Result(index, study.image, error=error)
 
@@ -91,6 +103,13 @@ def default_workers(session: Session) -> int:
     # its own sequence and the slots'; the engine keeps weights and packed weights of the tower
     each = language.sequence_bytes * (1 + SLOTS) + 2 * tower
     return max(1, min(physical_cores(), memory_free() // 2 // each))
+
+
+def default_readers(studies: int) -> int:
+    """As many as the cores can feed, for lists that are long enough to pay for starting them."""
+    if not sys.executable:  # Python is part of another program
+        return 0
+    return min(studies // STUDIES_PER_READER, physical_cores(), MOST_READERS)
 
 
 def _checked_slots(session: Session, slots: int) -> int:
@@ -111,15 +130,29 @@ class _Studies:
         self._lock = threading.Lock()
         self.stopped = False
 
-    def next(self) -> tuple[int, StudyInput] | None:
+    def next(self) -> Waiting | None:
         with self._lock:
-            return None if self.stopped else next(self._rest, None)
+            found = None if self.stopped else next(self._rest, None)
+        return Waiting(*found) if found else None
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def _source(session: Session, studies: Sequence[StudyInput | Path], readers: int | None) -> Source:
+    """The studies, read ahead where that pays or was asked for."""
+    given = _Studies([StudyInput.of(study) for study in studies])
+    readers = default_readers(len(studies)) if readers is None else min(readers, len(studies))
+    if not readers:
+        return given
+    manifest = session.bundle.manifest
+    return ReadAhead(given, manifest.prompt, manifest.image, readers=readers)
 
 
 def _work(
     session: Session,
     slots: int,
-    source: _Studies,
+    source: Source,
     found: queue.Queue[Result | BaseException | None],
 ) -> None:
     """A worker: results, or what ended it, and None at the end."""
@@ -132,13 +165,16 @@ def _work(
         found.put(None)
 
 
-def _drafts(session: Session, slots: int, source: _Studies) -> Iterator[Result]:
+def _drafts(session: Session, slots: int, source: Source) -> Iterator[Result]:
     if slots > 1 and isinstance(session.language, Parallel):
         with session.language.parallel(slots) as language:
             yield from worklist_slots.drafts(session, language, source)
         return
-    while (study := source.next()) is not None:
-        yield draft_one(session, *study)
+    while (one := source.next()) is not None:
+        if one.error:
+            yield Result(one.index, one.study.image, error=one.error)
+        else:
+            yield draft_one(session, one.index, one.study, one.images)
 
 
 def _collected(found: queue.Queue[Result | BaseException | None], workers: int) -> Iterator[Result]:
@@ -153,8 +189,8 @@ def _collected(found: queue.Queue[Result | BaseException | None], workers: int) 
             yield item
 
 
-def _end(source: _Studies, found: queue.Queue[Any], threads: Sequence[threading.Thread]) -> None:
-    source.stopped = True
+def _end(source: Source, found: queue.Queue[Any], threads: Sequence[threading.Thread]) -> None:
+    source.stop()
     for thread in threads:
         while thread.is_alive():  # it may wait for room in the queue
             with suppress(queue.Empty):
@@ -162,8 +198,8 @@ def _end(source: _Studies, found: queue.Queue[Any], threads: Sequence[threading.
             thread.join(0.01)
 
 
-def _to_end(session: Session, study: StudyInput) -> Report:
-    chunks = draft(session, study)
+def _to_end(session: Session, study: StudyInput, images: StudyImages | None) -> Report:
+    chunks = draft(session, study, images=images)
     while True:
         try:
             next(chunks)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -24,21 +23,9 @@ from rx_edge.errors import RxEdgeError
 from rx_edge.prompting import layout
 from rx_edge.runtime.decoding import Draft
 from rx_edge.runtime.pipeline import Study, encode, new_draft, open_study, report, text_of
+from rx_edge.runtime.read_ahead import Source, Waiting
 from rx_edge.runtime.session import Session
-from rx_edge.types import Result, StudyInput
-
-
-class Source(Protocol):
-    """Studies for whoever asks next."""
-
-    @property
-    def stopped(self) -> bool:
-        """Whether what grows should be given up."""
-        ...
-
-    def next(self) -> tuple[int, StudyInput] | None:
-        """A study and its number; None when there is none left."""
-        ...
+from rx_edge.types import Result
 
 
 def drafts(session: Session, language: Slots, source: Source) -> Iterator[Result]:
@@ -74,20 +61,21 @@ class _Slots:
 
     def _fill(self, source: Source) -> Iterator[Result]:
         """Give free slots to the next studies."""
-        while len(self._growing) < self._language.slots and (found := source.next()):
-            index, given = found
+        while len(self._growing) < self._language.slots and (found := source.next()) is not None:
             slot = next(s for s in range(self._language.slots) if s not in self._growing)
             try:
-                self._growing[slot] = self._begun(slot, index, given)
+                self._growing[slot] = self._begun(slot, found)
             except RxEdgeError as error:
-                yield Result(index, given.image, error=error)
+                yield Result(found.index, found.study.image, error=error)
                 continue
             yield from self._finished([slot])
 
-    def _begun(self, slot: int, index: int, given: StudyInput) -> _Growing:
-        study, pixels = open_study(self._session, given)
+    def _begun(self, slot: int, waiting: Waiting) -> _Growing:
+        if waiting.error:
+            raise waiting.error
+        study = open_study(self._session, waiting.study, images=waiting.images)
         timings = study.timings
-        soft_prompt = encode(self._session, pixels, timings)
+        soft_prompt = encode(self._session, study.images.pixels, timings)
         started = time.perf_counter()
         _, image_slot, after = layout(study.prompt, soft_prompt)
         logits = self._language.begin(slot, self._start, [image_slot, after])
@@ -96,7 +84,7 @@ class _Slots:
         timings.prompt_tokens = len(self._start) + len(image_slot) + len(after)
         draft = new_draft(self._session, timings, None)
         draft.take(logits[None])
-        return _Growing(index, given.image, study, draft, time.perf_counter())
+        return _Growing(waiting.index, waiting.study.image, study, draft, time.perf_counter())
 
     def _pass(self) -> Iterator[Result]:
         """One pass over every draft."""

@@ -123,7 +123,7 @@ def test_the_margin_is_that_of_our_choice(
         ids = engine.draft(picture).ids
         found = [engine.margin(picture, ids[:at]) for at in range(len(ids))]
         session = engine.session
-        soft = session.vision.encode(open_study(session, images[0])[1])[0]
+        soft = session.vision.encode(open_study(session, images[0]).images.pixels)[0]
         session.language.rewind(0)
         rows = [session.language.prefill(layout(session.prompt, soft))]
         rows += [session.language.step(np.asarray([i], np.int32))[0] for i in ids[:-1]]

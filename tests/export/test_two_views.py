@@ -24,7 +24,7 @@ from rx_edge.config_io import load_toml
 from rx_edge.errors import BundleError, ExportError, UsageError, VerificationError
 from rx_edge.model.report_model import load_run
 from rx_edge.prompting import MAX_INDICATION_TOKENS
-from rx_edge.runtime import pipeline
+from rx_edge.runtime import reading
 from rx_edge.runtime.self_check import INDICATION, LIMITS, golden_indication
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import StudyInput
@@ -89,8 +89,8 @@ def test_one_of_the_two_alone(asking_run: Path, tmp_path: Path, only: str) -> No
 
 def assembled(change: Callable[[Any], Any]) -> Plant:
     def plant(patch: pytest.MonkeyPatch) -> None:
-        faithful = pipeline.tensors
-        patch.setattr(pipeline, "tensors", lambda images, recipe: change(faithful(images, recipe)))
+        faithful = reading.tensors
+        patch.setattr(reading, "tensors", lambda images, recipe: change(faithful(images, recipe)))
 
     return plant
 

@@ -20,6 +20,7 @@ from rx_edge.errors import BundleError, InputError, UsageError
 from rx_edge.model.report_model import ReportModel, load_run
 from rx_edge.radiograph import open_radiograph
 from rx_edge.runtime import pipeline
+from rx_edge.runtime.reading import ONE_VIEW
 from rx_edge.runtime.session import Session, open_checked, open_session
 from rx_edge.runtime.worklist import draft_all
 from rx_edge.types import Report, StudyInput, Timings
@@ -97,8 +98,8 @@ def test_a_draft_is_the_trained_models_token_for_token(
 def test_an_indication_changes_the_logits(session: Session, frontal: Path) -> None:
     rows = []
     for text in ("", "not stated", ASKED, "Fever."):
-        opened, pixels = pipeline.open_study(session, StudyInput(frontal, None, text))
-        soft = pipeline.encode(session, pixels, Timings())
+        opened = pipeline.open_study(session, StudyInput(frontal, None, text))
+        soft = pipeline.encode(session, opened.images.pixels, Timings())
         rows.append(pipeline._prefill(session, opened.prompt, soft, Timings()))
     assert np.array_equal(rows[0], rows[1])
     assert float(np.abs(rows[1] - rows[2]).max()) > 0.1
@@ -135,7 +136,7 @@ def test_a_report_says_what_it_was_written_from_and_not_why(
     alone = run_to_end(session, study.image)
     assert (alone.provenance["views"], alone.provenance["indication"]) == ("1", "no")
     assert "lateral_pixel_sha256" not in alone.provenance
-    assert [f for f in alone.flags if "lateral" in f] == [pipeline.ONE_VIEW]
+    assert [f for f in alone.flags if "lateral" in f] == [ONE_VIEW]
 
 
 def test_a_model_of_one_view_says_nothing_of_views(
@@ -191,7 +192,7 @@ def test_a_long_indication_is_cut_and_flagged(session: Session, frontal: Path) -
     words = ["fever"] * 200
     long = run_to_end(session, StudyInput(frontal, None, " ".join(words)))
     assert pipeline.CUT in long.flags
-    opened, _ = pipeline.open_study(session, StudyInput(frontal, None, "\n".join(words)))
+    opened = pipeline.open_study(session, StudyInput(frontal, None, "\n".join(words)))
     assert opened.prompt.after[-5:] == session.prompt.after[-5:]
     assert len(opened.prompt.after) - len(session.prompt.after) <= 64
     short = run_to_end(session, StudyInput(frontal, None, "Fever,\n since  Monday."))

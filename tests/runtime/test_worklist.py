@@ -37,14 +37,18 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
-@pytest.mark.parametrize(("workers", "slots"), [(1, 1), (3, 1), (1, 3), (2, 2), (1, 8)])
+@pytest.mark.parametrize(
+    ("workers", "slots", "readers"),
+    [(1, 1, 0), (3, 1, 0), (1, 3, 0), (2, 2, 0), (1, 8, 0), (2, 1, 2), (1, 3, 1), (2, 2, 3)],
+)
 def test_texts_are_those_of_one_study_at_a_time(
-    tiny_bundle: Path, studies: list[Path], workers: int, slots: int
+    tiny_bundle: Path, studies: list[Path], workers: int, slots: int, readers: int
 ) -> None:
     plain = RuntimeConfig(drafts=False)
     with open_session(tiny_bundle, language="F16", max_new_tokens=24, runtime=plain) as session:
         alone = [run_to_end(session, study) for study in studies]
-        together = list(draft_all(session, studies, workers=workers, slots=slots))
+        many = draft_all(session, studies, workers=workers, slots=slots, readers=readers)
+        together = list(many)
     assert [r.index for r in together] == list(range(len(studies)))
     for one, other in zip(alone, together, strict=True):
         assert other.report is not None
@@ -55,25 +59,32 @@ def test_texts_are_those_of_one_study_at_a_time(
         assert other.report.timings.decode_passes == len(one.token_ids) - (one.finish != "end")
 
 
-@pytest.mark.parametrize(("workers", "slots"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("workers", "slots", "readers"), [(2, 1, 0), (1, 2, 0), (2, 1, 2), (1, 2, 2)]
+)
 def test_a_failed_study_stops_none(
-    tiny_bundle: Path, studies: list[Path], tmp_path: Path, workers: int, slots: int
+    tiny_bundle: Path, studies: list[Path], tmp_path: Path, workers: int, slots: int, readers: int
 ) -> None:
     broken = tmp_path / "broken.dcm"
     broken.write_bytes(studies[0].read_bytes()[:2000])
     order = [studies[0], broken, studies[1], tmp_path / "missing.dcm", studies[2]]
     with open_session(tiny_bundle, max_new_tokens=8) as session:
-        results = list(draft_all(session, order, workers=workers, slots=slots))
+        many = draft_all(session, order, workers=workers, slots=slots, readers=readers)
+        results = list(many)
     assert [r.study for r in results] == order
     assert [r.error is not None for r in results] == [False, True, False, True, False]
 
 
-@pytest.mark.parametrize(("workers", "slots"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("workers", "slots", "readers"), [(2, 1, 0), (1, 2, 0), (2, 1, 2), (1, 2, 2)]
+)
 def test_stopping_early_leaves_no_thread(
-    tiny_bundle: Path, studies: list[Path], workers: int, slots: int
+    tiny_bundle: Path, studies: list[Path], workers: int, slots: int, readers: int
 ) -> None:
     with open_session(tiny_bundle, max_new_tokens=8) as session:
-        results = draft_all(session, studies * 3, workers=workers, slots=slots, ahead=1)
+        results = draft_all(
+            session, studies * 3, workers=workers, slots=slots, readers=readers, ahead=1
+        )
         next(results)
         results.close()  # type: ignore[attr-defined]
         names = [t.name for t in threading.enumerate()]

@@ -50,7 +50,7 @@ class RxEdge(Closing):
         All tokens go in at once, which rounds a little otherwise than decoding did.
         """
         session = self.session
-        soft = session.vision.encode(open_study(session, picture.study)[1])[0]
+        soft = session.vision.encode(open_study(session, picture.study).images.pixels)[0]
         logits = bundle_logits(session, soft, [*ids, session.prompt.end])[len(ids)]
         second, first = np.partition(logits, -2)[-2:]
         return float(first - second)
