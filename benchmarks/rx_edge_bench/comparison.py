@@ -176,6 +176,13 @@ def compare(
     return Comparison(verdict, work, stages, notes)
 
 
+def undecided(found: Comparison) -> bool:
+    """Whether more blocks may say more: a deciding time convinced one witness, or none at all."""
+    stages = found.stages or {}
+    deciding = {stages[name].verdict for name in DECIDING if name in stages}
+    return "regression" not in deciding and bool({"suspicious", "insufficient data"} & deciding)
+
+
 def time_verdict(work: Iterable[Change], stages: Mapping[str, Judgement]) -> Verdict:
     """A deciding time speaks first; any other doubt is suspicious."""
     deciding = {stages[name].verdict for name in DECIDING if name in stages}

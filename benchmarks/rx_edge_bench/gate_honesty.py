@@ -3,7 +3,8 @@
 A/A runs compare a bundle with itself: every regression there is a false alarm. Planted runs slow
 every engine call of one side down: a verdict "none" there is a miss. A planted
 second call of the encoder must be caught by Tier 0 each time. Planted runs share side A with an
-A/A run (three sides in turn), which saves a third of the time. A study of an hour may be stopped
+A/A run (three sides in turn), which saves a third of the time. As in the gate, a run that leaves a
+doubt is given as many pairs again. A study of an hour may be stopped
 after any run and continued.
 
 Does not cover: slow drifts over days, and machines other than the one it runs on.
@@ -21,9 +22,9 @@ from unittest import mock
 from rx_edge.bundle import open_bundle
 from rx_edge.errors import UsageError
 from rx_edge_bench import block, gate, interleaved
-from rx_edge_bench.comparison import STAGES, Comparison, compare
+from rx_edge_bench.comparison import STAGES, Comparison, compare, undecided
 from rx_edge_bench.environment import environment, fingerprint
-from rx_edge_bench.statistics import MIN_BLOCKS, P_LIMIT, TOLERANCE
+from rx_edge_bench.statistics import P_LIMIT, TOLERANCE
 
 SCHEMA = "rx-edge-gate-honesty/1"
 SLOWDOWN = 1.15
@@ -35,7 +36,7 @@ def measure(
     *,
     runs: int = 40,
     planted: int = 20,
-    pairs: int = MIN_BLOCKS,
+    pairs: int = gate.PAIRS,
     repeats: int = block.REPEATS,
     slowdown: float = SLOWDOWN,
     options: Sequence[str] = (),
@@ -47,8 +48,7 @@ def measure(
 
     Args:
         runs: A/A runs; `planted` of them, the first ones, have a third, slower side.
-        pairs: blocks a side of one run; the least that can decide, so that the study is short
-            (the gate itself takes 10 and sees more).
+        pairs: blocks a side of one run's first look.
         options: more arguments of every block.
         earlier: what a study with the same arguments found before it was stopped.
         keep: is given what was found so far, after every run.
@@ -76,8 +76,7 @@ def measure(
     slow = replace(a, options=(*a.options, f"--slow={slowdown}"))
     for number in range(_done(rows), runs):
         sides = {"A": a, "B": a, **({"slow": slow} if number < planted else {})}
-        blocks = _in_turn(sides, pairs)
-        rows += [_row(blocks, other) for other in sides if other != "A"]
+        rows += _rows(sides, pairs)
         keep({**head, **_shares(rows), "runs": rows})
         progress("gate runs", number + 1, runs, rows[-1]["verdict"])
     caught = share(_extra_encoder_calls(bundle), ENCODER_TRIES)
@@ -165,18 +164,34 @@ def _in_turn(sides: dict[str, interleaved.Side], pairs: int) -> dict[str, list[d
     return found
 
 
-def _row(blocks: dict[str, list[dict[str, Any]]], other: str) -> dict[str, Any]:
+def _rows(sides: dict[str, interleaved.Side], pairs: int) -> list[dict[str, Any]]:
+    """Every side beside A, judged as the gate judges."""
+    blocks = _in_turn(sides, pairs)
+    doubtful = [other for other in sides if other != "A" and undecided(_compared(blocks, other))]
+    if doubtful:
+        more = _in_turn({name: sides[name] for name in ("A", *doubtful)}, pairs)
+        for name, found in more.items():
+            blocks[name] += found
+    return [_row(blocks, other) for other in sides if other != "A"]
+
+
+def _compared(blocks: dict[str, list[dict[str, Any]]], other: str) -> Comparison:
+    pairs = len(blocks[other])  # A may have more, for another side
     one, two = (
-        {"run": "", "fingerprint": "", "blocks": blocks[name], "environment": {}}
+        {"run": "", "fingerprint": "", "blocks": blocks[name][:pairs], "environment": {}}
         for name in ("A", other)
     )
-    found: Comparison = compare(one, two)
+    return compare(one, two)
+
+
+def _row(blocks: dict[str, list[dict[str, Any]]], other: str) -> dict[str, Any]:
+    found = _compared(blocks, other)
     return {
         "kind": "A/A" if other == "B" else "planted",
         **found.to_json(),
         "medians": {
             side: {
-                stage: [round(b["median"][stage], 6) for b in blocks[name]]
+                stage: [round(b["median"][stage], 6) for b in blocks[name][: len(blocks[other])]]
                 for stage in STAGES
                 if stage in blocks[name][0]["median"]
             }

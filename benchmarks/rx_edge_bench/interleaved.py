@@ -98,6 +98,11 @@ def measure_pairs(
     return document(found["A"], "A", run), document(found["B"], "B", run)
 
 
+def joined(first: Blocks, more: Blocks) -> Blocks:
+    """One document of both; they were measured one after the other."""
+    return {**first, "blocks": [*first["blocks"], *more["blocks"]]}
+
+
 def measure_blocks(
     side: Side, count: int, *, tick: Callable[[str, int, int], None] = lambda *_: None
 ) -> Blocks:

@@ -144,7 +144,7 @@ def gate_honesty(
         int, typer.Option("--planted", min=0, help="of these, with a slower third side")
     ] = 20,
     pairs: Annotated[
-        int | None, typer.Option("--pairs", min=1, help="blocks a side; default: the fewest")
+        int | None, typer.Option("--pairs", min=1, help="blocks a side; default: the gate's")
     ] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="of each block")] = None,
     threads: Threads = None,
@@ -152,15 +152,15 @@ def gate_honesty(
 ) -> None:
     """How often the latency gate cries wolf, and how often it sleeps; FILE is continued."""
     from rx_edge_bench.block import REPEATS
+    from rx_edge_bench.gate import PAIRS
     from rx_edge_bench.gate_honesty import measure
-    from rx_edge_bench.statistics import MIN_BLOCKS
 
     with progress() as bars:
         result = measure(
             bundle,
             runs=runs,
             planted=planted,
-            pairs=MIN_BLOCKS if pairs is None else pairs,
+            pairs=PAIRS if pairs is None else pairs,
             repeats=REPEATS if repeats is None else repeats,
             options=() if threads is None else (f"--threads={threads}",),
             earlier=_earlier(out),

@@ -218,6 +218,47 @@ def test_a_planted_slowdown_is_a_regression(real_block: dict[str, Any]) -> None:
     assert comparison.compare(a, b, tolerance=1.3).verdict == "suspicious"
 
 
+@pytest.mark.parametrize(
+    ("slow", "wild", "looks", "verdict"),
+    [
+        (1.0, 0, 1, "none"),
+        (1.15, 0, 1, "regression"),
+        (1.15, 2, 2, "regression"),
+        (1.0, 3, 2, "none"),
+    ],
+)
+def test_a_doubt_is_looked_at_again(
+    real_block: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    slow: float,
+    wild: int,
+    looks: int,
+    verdict: str,
+) -> None:
+    """A neighbour slows `wild` of the first seven blocks of a side down, and then goes away."""
+    made = {
+        name: blocks(real_block, factor)["blocks"] for name, factor in (("A", 1.0), ("B", slow))
+    }
+    calls = {"A": -1, "B": 0}  # the first block of A only warms the page cache
+
+    def block_of(_: interleaved.Side, name: str) -> dict[str, Any]:
+        number, calls[name] = calls[name], calls[name] + 1
+        found = copy.deepcopy(made[name][number % len(made[name])])
+        beside = ("A" if slow > 1 else "B") == name and 0 <= number < wild
+        for stage in comparison.DECIDING:
+            found["median"][stage] *= 1.3 if beside else 1.0
+        return found
+
+    monkeypatch.setattr(interleaved, "run_block", block_of)
+    side = interleaved.Side(Path("bundle"))
+    found, one, other = gate.check_time(side, side, pairs=7, tolerance=1.05, tick=lambda *_: None)
+    assert found.verdict == verdict
+    assert calls == {"A": 7 * looks, "B": 7 * looks}
+    assert one is not None
+    assert other is not None
+    assert len(one["blocks"]) == len(other["blocks"]) == 7 * looks
+
+
 def test_a_slower_stage_alone_is_suspicious(real_block: dict[str, Any]) -> None:
     a, b = blocks(real_block, 1.0), blocks(real_block, 1.0)
     for row in b["blocks"]:
@@ -336,7 +377,7 @@ def test_the_honesty_study_continues_after_a_stop(
 
     def stopped_in_the_second_run(side: interleaved.Side, name: str) -> dict[str, Any]:
         calls.append(name)
-        if len(calls) == 3:
+        if len(calls) == 5:  # one pair leaves a doubt, so a run has two looks of two blocks
             raise KeyboardInterrupt
         return real(side, name)
 
@@ -347,7 +388,7 @@ def test_the_honesty_study_continues_after_a_stop(
     result = runner.invoke(app, command)
     assert result.exit_code == 0, result.stderr
     found = json.loads(out.read_text())
-    assert len(calls) == 5
+    assert len(calls) == 9
     assert found["runs"][:1] == first
     assert found["false_alarms"]["of"] == 2
     assert runner.invoke(app, command).exit_code == 2  # finished
