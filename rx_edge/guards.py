@@ -21,6 +21,7 @@ from rx_edge.types import FloatArray, Radiograph
 
 BLANK = 1.0 / 255.0  # less than one 8-bit grey level between the darkest and brightest pixel
 SHORT_SIDE = 128  # pixels; the encoder's input is 224
+GRID = 512  # rows or columns that say enough about contrast; all of them where there are fewer
 CONTRAST = 0.15  # 1st to 99th percentile; the least of the 404 was 0.28
 ASPECT = 2.5  # long side / short side; the most extreme of the 404 was 2.23
 POLARITY = -0.1  # middle minus upper corners; 0 of the 404 below, 97 % of them when inverted
@@ -49,7 +50,8 @@ def check_image(radiograph: Radiograph, name: str = "the image") -> tuple[str, .
         flags.append(f"{name} is small: {short} pixels on its short side")
     if long > ASPECT * short:
         flags.append(f"{name}'s shape is unusual: {long} x {short} pixels")
-    low, high = np.percentile(pixels, (1, 99))
+    step = max(1, short // GRID)
+    low, high = np.percentile(pixels[::step, ::step], (1, 99))
     if high - low < CONTRAST:
         flags.append(f"{name} has very low contrast; check its window")
     if _middle_minus_corners(pixels) < POLARITY:

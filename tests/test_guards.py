@@ -29,8 +29,9 @@ def _chest(height: int = 300, width: int = 256) -> np.ndarray:
     return chest_like(height, width) / 4095.0
 
 
-def test_a_good_image_has_no_flag() -> None:
-    assert check_image(_radiograph(_chest())) == ()
+@pytest.mark.parametrize(("height", "width"), [(300, 256), (1800, 1536)])
+def test_a_good_image_has_no_flag(height: int, width: int) -> None:
+    assert check_image(_radiograph(_chest(height, width))) == ()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
@@ -45,6 +46,7 @@ def test_a_blank_image_is_refused(level: float) -> None:
         (_chest(127, 150), "small: 127 pixels"),
         (_chest(900, 300), "shape is unusual: 900 x 300"),
         (0.4 + 0.1 * _chest(), "very low contrast"),
+        (0.4 + 0.1 * _chest(1800, 1536), "very low contrast"),
         (1.0 - _chest(), "may be inverted"),
     ],
 )

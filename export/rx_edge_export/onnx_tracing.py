@@ -1,4 +1,4 @@
-"""What every export through torch.onnx needs: quiet, and a graph without traces of this machine.
+"""What exports through torch.onnx need: quiet, and graphs without detours or traces of this machine.
 
 Does not cover: the export itself (`vision_onnx.py`, `llm_onnx.py`).
 """
@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
 
 def strip(model: Any) -> None:
     """Remove every text that is not needed to compute: it names source files of this machine."""
@@ -18,6 +21,21 @@ def strip(model: Any) -> None:
     for holder in (model, *graphs, *_parts(graphs)):
         holder.doc_string = None
         holder.metadata_props.clear()
+
+
+def drop_nan_guards(model: Any) -> None:
+    """Remove what torch puts behind a softmax for rows that a mask hides: Where(IsNaN(p), 0, p).
+
+    An encoder hides nothing, so it costs 4 to 6 % of the time for nothing; and a NaN must reach
+    the runtime's checks, where it is an error, and not become attention to nothing.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Where":
+            continue
+        asked, probabilities = node.inputs[0].producer(), node.inputs[2]
+        if asked and asked.op_type == "IsNaN" and asked.inputs[0] is probabilities:
+            ir.convenience.replace_all_uses_with(node.outputs[0], probabilities)
+    RemoveUnusedNodesPass()(model)
 
 
 def _parts(graphs: list[Any]) -> Iterator[Any]:

@@ -22,7 +22,7 @@ import torch
 from rx_edge.backends import vision_onnx as reader
 from rx_edge.backends.base import PAIRING_KEY
 from rx_edge.errors import ExportError
-from rx_edge_export.onnx_tracing import silence, strip
+from rx_edge_export.onnx_tracing import drop_nan_guards, silence, strip
 
 OPSET = 20  # the first with GELU as one operator
 TOLERANCE = 1e-3  # of the largest reference number; fp32 reaches about 1e-6
@@ -90,6 +90,7 @@ def _trace(module: torch.nn.Module, path: Path, image_size: int, pairing: str) -
             f"torch.onnx cannot export {type(module).__name__}: {first_line}"
         ) from error
     assert program is not None  # only with dynamo=False
+    drop_nan_guards(program.model)
     strip(program.model)
     if pairing:
         program.model.metadata_props[PAIRING_KEY] = pairing

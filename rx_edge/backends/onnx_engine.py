@@ -24,7 +24,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # else float32 products are computed with 10 bits of mantissa, which parity would take for a fault
 NO_TF32 = {"cuda": {"use_tf32": "0"}}
 CUDA_GRAPH = {"cuda": {**NO_TF32["cuda"], "enable_cuda_graph": "1"}}
-SPINNING = "session.intra_op.allow_spinning"
+STOP_SPINNING = "session.force_spinning_stop"
 _LOG_ERRORS = 3  # onnxruntime's severity: 0 verbose ... 4 fatal
 
 
@@ -67,7 +67,7 @@ def session(
     *,
     threads: int,
     device: str,
-    spinning: bool = True,
+    yields: bool = False,
     provider_options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Any:
     """An `InferenceSession` that runs on `device`.
@@ -75,8 +75,8 @@ def session(
     Args:
         threads: CPU threads; 0 = one per physical core (ONNX Runtime's own choice).
         device: "cpu" or "cuda".
-        spinning: whether idle threads wait in a loop: sooner at the next node, but another engine
-            that runs next finds the cores taken.
+        yields: whether threads stop to wait in a loop when a run ends. Within a run that loop
+            brings them to the next node sooner; after it, it takes the cores from another engine.
         provider_options: per device, what its provider is to be told.
 
     Raises:
@@ -98,7 +98,7 @@ def session(
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry(SPINNING, str(int(spinning)))
+    options.add_session_config_entry(STOP_SPINNING, str(int(yields)))
     options.log_severity_level = _LOG_ERRORS
     settings = dict((provider_options or {}).get(device, {}))
     try:

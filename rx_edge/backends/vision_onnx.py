@@ -52,7 +52,7 @@ def open(path: Path, *, threads: int, device: str = "cpu") -> OnnxVision:
     if not path.is_file():
         raise BackendError(f"vision model {str(path)!r} does not exist; export it again")
     # llama.cpp's prefill follows at once
-    settings: dict[str, Any] = {"threads": threads, "device": device, "spinning": False}
+    settings: dict[str, Any] = {"threads": threads, "device": device, "yields": True}
     if device != "cpu":
         with suppress(BackendError):  # the file has nodes that cannot be in a CUDA graph
             session = onnx_engine.session(path, **settings, provider_options=onnx_engine.CUDA_GRAPH)

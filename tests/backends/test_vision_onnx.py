@@ -72,7 +72,7 @@ def test_encode(tmp_path: Path, batch: int) -> None:
 def test_idle_threads_leave_the_cores_to_llama_cpp(tmp_path: Path) -> None:
     with vision_onnx.open(graph(tmp_path / "a.onnx"), threads=2) as backend:
         options = backend._session.get_session_options()
-        assert options.get_session_config_entry(onnx_engine.SPINNING) == "0"
+        assert options.get_session_config_entry(onnx_engine.STOP_SPINNING) == "1"
 
 
 @pytest.mark.parametrize(

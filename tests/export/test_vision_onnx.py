@@ -16,7 +16,7 @@ import torch
 
 from rx_edge.backends import vision_onnx as reader
 from rx_edge.config import ModelConfig
-from rx_edge.errors import ExportError
+from rx_edge.errors import BackendError, ExportError
 from rx_edge.model.projector import Projector
 from rx_edge.model.report_model import SoftPromptEncoder
 from rx_edge.model.vision import load_vision
@@ -71,6 +71,32 @@ def test_numbers_equal_torch(exported: Exported) -> None:
     assert exported.summary["max_error"] < 1e-5
     assert exported.summary["bytes"] == exported.path.stat().st_size
     assert (exported.summary["soft_tokens"], exported.summary["width"]) == wanted.shape[1:]
+
+
+class Attends(torch.nn.Module):
+    """Attention between 16 tokens whose scores overflow where pixels are far out of range."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        tokens = pixel_values.reshape(pixel_values.shape[0], 1, 16, -1)[..., :4]
+        scores = torch.exp(tokens.abs())
+        mixed = torch.nn.functional.scaled_dot_product_attention(scores, scores, tokens)
+        return mixed[:, 0]
+
+
+def test_a_softmax_that_overflows_is_an_error_and_not_attention_to_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "attends.onnx"
+    writer.write(Attends(), path, image_size=8)
+    graph = onnx.load(path).graph
+    kinds = [node.op_type for node in graph.node]
+    assert "Softmax" in kinds
+    assert not {"IsNaN", "Where"} & {*kinds}
+    used = {name for node in graph.node for name in node.input}
+    assert {tensor.name for tensor in graph.initializer} <= used
+    images = np.ones((1, 3, 8, 8), np.float32)
+    with reader.open(path, threads=1) as backend:
+        assert np.isfinite(backend.encode(images)).all()
+        with pytest.raises(BackendError, match="NaN"):
+            backend.encode(60.0 * images)  # exp(60)^2 is infinite in float32
 
 
 def test_another_process_writes_the_same_bytes(exported: Exported, tmp_path: Path) -> None:
