@@ -1,4 +1,4 @@
-"""What exports through torch.onnx need: quiet, and graphs without detours or traces of this machine.
+"""What exports through torch.onnx need: quiet, and a graph without detours or traces of tools.
 
 Does not cover: the export itself (`vision_onnx.py`, `llm_onnx.py`).
 """
