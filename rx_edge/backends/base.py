@@ -265,6 +265,9 @@ class Slots(Managed, Protocol):
     def step(self, feeds: Sequence[tuple[int, IntArray]]) -> list[Logits | BackendError]:
         """Append ids (k,) to several slots in one pass.
 
+        Args:
+            feeds: in ascending order of slots; llama.cpp computes another order in several passes.
+
         Returns:
             For each, float32 (k, V); or an error that is that slot's alone.
 

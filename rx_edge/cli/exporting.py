@@ -113,9 +113,11 @@ def _verdict_json(manifest: Manifest, verdict: Verdict) -> dict[str, Any]:
     from rx_edge_bench.environment import environment
 
     return {
-        "schema": "rx-edge-parity/1",
+        "schema": "rx-edge-parity/2",
         "model": manifest.name,
-        "artefacts": {a.name: a.file for a in (*manifest.vision, *manifest.language)},
+        # both halves have an onnx:fp32
+        "vision": {artifact.name: artifact.file for artifact in manifest.vision},
+        "language": {artifact.name: artifact.file for artifact in manifest.language},
         "calibration": manifest.lineage.get("calibration", {}),
         **dataclasses.asdict(verdict),
         "environment": environment(),

@@ -31,7 +31,7 @@ from rx_edge.runtime.reading import StudyImages
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result, StudyInput
 
-SLOTS = 4  # drafts of a worker
+SLOTS = 8  # drafts of a worker
 # A process that reads takes a third of a second of a core to start, so it must have enough to read.
 STUDIES_PER_READER, MOST_READERS = 16, 8
 AHEAD = 2  # results per slot that may wait to be asked for

@@ -87,8 +87,8 @@ class _Slots:
         return _Growing(waiting.index, waiting.study.image, study, draft, time.perf_counter())
 
     def _pass(self) -> Iterator[Result]:
-        """One pass over every draft."""
-        feeds = [(slot, growing.draft.feed()) for slot, growing in self._growing.items()]
+        """One pass over every draft, in the order of slots (`Slots.step`)."""
+        feeds = [(slot, self._growing[slot].draft.feed()) for slot in sorted(self._growing)]
         for (slot, _), rows in zip(feeds, self._language.step(feeds), strict=True):
             if isinstance(rows, RxEdgeError):
                 failed = self._growing.pop(slot)

@@ -1,4 +1,4 @@
-"""Model directories that the exporter tests share."""
+"""Model directories and a bundle that the exporter tests share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rx_edge_export.export import export
+from tests.export.planting import SMALL
 from tests.factories import tiny_llama_dir
 
 
@@ -22,3 +24,10 @@ def copy(llama: Path, tmp_path: Path) -> Path:
     for file in llama.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mutations") / "bundle"
+    export(tiny_run, out, config=SMALL)
+    return out

@@ -1,4 +1,4 @@
-"""What planted faults share: a fault in the code, and a bundle whose manifest is made to agree."""
+"""What planted faults share: a fault in the code, small exports, and a manifest made to agree."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from rx_edge.bundle import MANIFEST, describe, image_hash, pairing_hash, prompt_hash
-from rx_edge.config import ImageRecipe, PromptConfig
+from rx_edge.config import ExportConfig, ImageRecipe, PromptConfig
 from rx_edge.config_io import from_mapping
 
 Plant = Callable[[pytest.MonkeyPatch], None]
+
+LEAN = ExportConfig(vision=("onnx:fp32",), language=("gguf:F16",))
+SMALL = ExportConfig(vision=("onnx:fp32", "onnx:int8"), language=("gguf:F16", "gguf:Q8_0"))
 
 
 def agree(root: Path, **changes: Any) -> None:

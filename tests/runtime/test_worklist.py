@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typer.testing import CliRunner
 
 from rx_edge.backends import llm_gguf
 from rx_edge.backends.gguf_batch import SIZE
+from rx_edge.backends.llm_gguf_parallel import GgufParallel
 from rx_edge.cli import app
 from rx_edge.config import RuntimeConfig
 from rx_edge.errors import BackendError
-from rx_edge.runtime import worklist
-from rx_edge.runtime.session import open_session
+from rx_edge.runtime import worklist, worklist_slots
+from rx_edge.runtime.decoding import Draft
+from rx_edge.runtime.session import Session, open_session
 from rx_edge.runtime.worklist import draft_all
+from rx_edge.types import Timings
 from rx_edge_bench.latency import run_to_end
 from rx_edge_export import phantom
 
@@ -92,6 +96,34 @@ def test_stopping_early_leaves_no_thread(
         assert run_to_end(session, studies[0]).token_ids  # the session stays usable
 
 
+def test_a_pass_over_slots_is_one_pass(
+    tiny_bundle: Path, studies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp would split it wherever slots do not ascend: half as fast, and nobody is told."""
+    passes: list[list[int]] = []
+    faithful = GgufParallel.step
+
+    def step(self: Any, feeds: Any) -> Any:
+        passes.append([slot for slot, _ in feeds])
+        return faithful(self, feeds)
+
+    monkeypatch.setattr(GgufParallel, "step", step)
+    with open_session(tiny_bundle, max_new_tokens=12) as session:
+        lengths = range(2, 9)  # drafts end at different times, and slots are given away again
+        monkeypatch.setattr(worklist_slots, "new_draft", _of_lengths(iter(lengths)))
+        assert len(list(draft_all(session, studies, workers=1, slots=3))) == len(lengths)
+    assert all(slots == sorted(slots) for slots in passes)
+    assert max(map(len, passes)) == 3
+
+
+def _of_lengths(lengths: Iterator[int]) -> Any:
+    def new_draft(session: Session, timings: Timings, _: None) -> Draft:
+        end = session.tokenizer.get_vocab_size()  # never chosen
+        return Draft(end=end, limit=next(lengths), timings=timings)
+
+    return new_draft
+
+
 def test_workers_share_the_cores(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One per core where weights are shared and memory suffices; else one."""
     monkeypatch.setattr(worklist, "physical_cores", lambda: 6)
@@ -102,7 +134,7 @@ def test_workers_share_the_cores(tiny_bundle: Path, monkeypatch: pytest.MonkeyPa
             assert worker.artifact == session.artifact
         language: Any = session.language
         tower = session.bundle.manifest.files[session.vision_artifact.file].bytes
-        each = 5 * language.sequence_bytes + 2 * tower
+        each = (1 + worklist.SLOTS) * language.sequence_bytes + 2 * tower
         monkeypatch.setattr(worklist, "memory_free", lambda: 2 * 3 * each)
         assert worklist.default_workers(session) == 3
         monkeypatch.setattr(worklist, "memory_free", lambda: 0)
@@ -157,8 +189,6 @@ def _too_long(slots: Any) -> Any:
 def test_a_slot_that_is_not_finite_fails_alone(
     tiny_bundle: Path, studies: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rx_edge.backends.llm_gguf_parallel import GgufParallel
-
     faithful, calls = GgufParallel._logits, [0]
 
     def logits(self: Any, rows: int) -> Any:
