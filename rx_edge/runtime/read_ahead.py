@@ -97,10 +97,10 @@ class ReadAhead:
             BackendError: no process could be started.
         """
         found = self._read.get()
-        if not isinstance(found, Waiting):
-            self._read.put(found)  # the other workers must see the end, too
         if isinstance(found, BaseException):
             raise found
+        if found is None:
+            self._read.put(None)  # the other workers must see the end, too
         return found
 
     def stop(self) -> None:
@@ -149,8 +149,8 @@ class Reader(Closing):
         """Start it; `patience`: seconds for one study."""
         settings = {"prompt": to_mapping(prompt), "image": to_mapping(recipe)}
         self._settings, self._patience = _line(settings), patience
-        self._closed = self._ready = False
-        self._late = threading.Event()
+        self._ready = False
+        self._closed, self._late = threading.Event(), threading.Event()
         self._process = self._started()
 
     @property
@@ -166,7 +166,7 @@ class Reader(Closing):
                 or took too long.
             BackendError: the process does not start, or closed.
         """
-        if self._closed:
+        if self._closed.is_set():
             raise BackendError("this reader is closed")
         try:
             header, pixels = self._in_time(paths)
@@ -187,12 +187,12 @@ class Reader(Closing):
 
     def stop(self) -> None:
         """From any thread: give up what is read now. The process writes nothing that matters."""
-        self._closed = True
+        self._closed.set()
         self._process.kill()
 
     def close(self) -> None:
         """End the process."""
-        self._closed = True
+        self._closed.set()
         _end(self._process)
 
     def _in_time(self, paths: Sequence[Path]) -> tuple[dict[str, Any], Any]:
@@ -261,11 +261,13 @@ class Reader(Closing):
 
     def _ended(self, paths: Sequence[Path]) -> RxEdgeError:
         """Start another process; why this one ended."""
-        if self._closed:
+        if self._closed.is_set():
             return BackendError("this reader is closed")
         _end(self._process)
         code = self._process.returncode
         self._process = self._started()
+        if self._closed.is_set():  # by another thread, which knew only the old one
+            return BackendError("this reader is closed")
         late = f"took more than {self._patience:.0f} s"
         why = late if self._late.is_set() else f"ended its reader ({code})"
         return InputError(

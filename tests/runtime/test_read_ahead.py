@@ -93,10 +93,11 @@ def test_a_file_that_ends_the_process_costs_itself(
     pipe = tmp_path / "pipe.dcm"
     os.mkfifo(pipe)  # reading it waits, until the process is hit as a bad codec would hit it
     ended: list[int] = []
+    held: list[int] = []
 
     def hit() -> None:
         while len(ended) < 2:  # a second process tries again
-            if (pid := reader.pid) not in ended and _waits_for(pipe):
+            if (pid := reader.pid) not in ended and _waits_for(pipe, held):
                 os.kill(pid, signal.SIGSEGV)
                 ended.append(pid)
             time.sleep(0.01)
@@ -106,28 +107,30 @@ def test_a_file_that_ends_the_process_costs_itself(
     with pytest.raises(InputError, match=r"pipe.dcm' ended its reader \(-11\)"):
         reader.read([pipe])
     thread.join()
+    for handle in held:
+        os.close(handle)
     same(reader.read([files["two"]]), read_images([files["two"]], ONE, RECIPE))
     assert reader.pid not in ended
 
 
-def _waits_for(pipe: Path) -> bool:
+def _waits_for(pipe: Path, held: list[int]) -> bool:
     """Whether a process opens it to read: only then can it be opened to write without waiting."""
     try:
-        handle = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        held.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # closed, it would end the file
     except OSError:
         return False
-    time.sleep(0.05)  # hold it: the process is past open() and reads
-    threading.Timer(0.5, os.close, [handle]).start()
     return True
 
 
 def test_a_file_that_never_ends_is_given_up(files: dict[str, Path], tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.dcm"
     os.mkfifo(pipe)
-    with Reader(ONE, RECIPE, patience=2.0) as reader:
+    with Reader(ONE, RECIPE) as reader:
         reader.read([files["one"]])  # it has started
-        with pytest.raises(InputError, match="took more than 2 s"):
+        reader._patience = 1.0
+        with pytest.raises(InputError, match="took more than 1 s"):
             reader.read([pipe])
+        reader._patience = read_ahead.PATIENCE
         reader.read([files["one"]])
 
 
@@ -211,6 +214,17 @@ def test_stopping_waits_for_no_file(files: dict[str, Path], tmp_path: Path) -> N
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_readers_that_do_not_start_end_the_list(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    source = ReadAhead(Listed([files["one"]] * 9), ONE, RECIPE, readers=2)
+    with pytest.raises(BackendError, match="--readers 0"):
+        source.next()
+    source.stop()
+    source.stop()  # nobody remembers whether it was called
 
 
 def test_readers_pay_only_for_long_lists(monkeypatch: pytest.MonkeyPatch) -> None:
