@@ -177,10 +177,9 @@ def compare(
 
 
 def undecided(found: Comparison) -> bool:
-    """Whether more blocks may say more: a deciding time convinced one witness, or none at all."""
-    stages = found.stages or {}
-    deciding = {stages[name].verdict for name in DECIDING if name in stages}
-    return "regression" not in deciding and bool({"suspicious", "insufficient data"} & deciding)
+    """Whether more blocks may say more: no pass, no regression, and a time that is in doubt."""
+    doubt = any(judgement.verdict != "none" for judgement in (found.stages or {}).values())
+    return doubt and found.verdict in ("suspicious", "insufficient data")
 
 
 def time_verdict(work: Iterable[Change], stages: Mapping[str, Judgement]) -> Verdict:

@@ -4,7 +4,7 @@ A/A runs compare a bundle with itself: every regression there is a false alarm. 
 every engine call of one side down: a verdict "none" there is a miss. A planted
 second call of the encoder must be caught by Tier 0 each time. Planted runs share side A with an
 A/A run (three sides in turn), which saves a third of the time. As in the gate, a run that leaves a
-doubt is given as many pairs again. A study of an hour may be stopped
+doubt is given as many pairs again, and once more. A study of an hour may be stopped
 after any run and continued.
 
 Does not cover: slow drifts over days, and machines other than the one it runs on.
@@ -64,7 +64,13 @@ def measure(
     head = {
         "schema": SCHEMA,
         "bundle_sha256": open_bundle(bundle).digest,
-        "rule": {"tolerance": TOLERANCE, "p": P_LIMIT, "blocks": pairs, "repeats": repeats},
+        "rule": {
+            "tolerance": TOLERANCE,
+            "p": P_LIMIT,
+            "blocks": pairs,
+            "looks": gate.LOOKS,
+            "repeats": repeats,
+        },
         "slowdown": slowdown,
         "planted": planted,
         "options": list(options),
@@ -167,8 +173,11 @@ def _in_turn(sides: dict[str, interleaved.Side], pairs: int) -> dict[str, list[d
 def _rows(sides: dict[str, interleaved.Side], pairs: int) -> list[dict[str, Any]]:
     """Every side beside A, judged as the gate judges."""
     blocks = _in_turn(sides, pairs)
-    doubtful = [other for other in sides if other != "A" and undecided(_compared(blocks, other))]
-    if doubtful:
+    doubtful = [other for other in sides if other != "A"]
+    for _ in range(gate.LOOKS - 1):
+        doubtful = [other for other in doubtful if undecided(_compared(blocks, other))]
+        if not doubtful:
+            break
         more = _in_turn({name: sides[name] for name in ("A", *doubtful)}, pairs)
         for name, found in more.items():
             blocks[name] += found

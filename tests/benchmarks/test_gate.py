@@ -224,6 +224,7 @@ def test_a_planted_slowdown_is_a_regression(real_block: dict[str, Any]) -> None:
         (1.0, 0, 1, "none"),
         (1.15, 0, 1, "regression"),
         (1.15, 2, 2, "regression"),
+        (1.15, 4, 3, "regression"),
         (1.0, 3, 2, "none"),
     ],
 )

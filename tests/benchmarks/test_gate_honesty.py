@@ -36,7 +36,7 @@ def test_the_honesty_study_continues_after_a_stop(
 
     def stopped_in_the_second_run(side: interleaved.Side, name: str) -> dict[str, Any]:
         calls.append(name)
-        if len(calls) == 5:  # one pair leaves a doubt, so a run has two looks of two blocks
+        if len(calls) == 7:  # one pair leaves a doubt, so a run has three looks of two blocks
             raise KeyboardInterrupt
         return real(side, name)
 
@@ -47,7 +47,7 @@ def test_the_honesty_study_continues_after_a_stop(
     result = runner.invoke(app, command)
     assert result.exit_code == 0, result.stderr
     found = json.loads(out.read_text())
-    assert len(calls) == 9
+    assert len(calls) == 13
     assert found["runs"][:1] == first
     assert found["false_alarms"]["of"] == 2
     assert runner.invoke(app, command).exit_code == 2  # finished
