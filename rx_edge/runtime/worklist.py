@@ -2,8 +2,8 @@
 
 On one core no thread waits for another at every layer. The drafts of a worker share its passes, and
 processes read the next studies meanwhile. Workers share the checked bundle, and where the backend
-maps its file also the weights. Results come in the
-order of the studies; a study that fails is a result with an error, and the others go on.
+maps its file also the weights. Results come in the order of the studies; a study that fails is a
+result with an error, and the others go on.
 
 Does not cover: how drafts share passes (`worklist_slots.py`), reading ahead (`read_ahead.py`),
 writing results and resuming (`worklist_store.py`), workers that are processes, on one machine or
