@@ -150,7 +150,7 @@ def gate_honesty(
     threads: Threads = None,
     out: JsonFile = None,
 ) -> None:
-    """How often the latency gate cries wolf, and how often it sleeps; FILE is continued."""
+    """How often the latency gate cries wolf, and how often it sleeps. A --json file goes on."""
     from rx_edge_bench.block import REPEATS
     from rx_edge_bench.gate import PAIRS
     from rx_edge_bench.gate_honesty import measure

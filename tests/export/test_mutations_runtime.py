@@ -17,24 +17,17 @@ from rx_edge_export.verify import verify
 from tests.export.planting import Plant
 
 
-def never_inverts(patch: pytest.MonkeyPatch) -> None:
-    faithful = grayscale.render
+def rendered_as(photometric: str) -> Plant:
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        faithful = grayscale.render
 
-    def render(stored: Any, dataset: Any) -> Any:
-        dataset.PhotometricInterpretation = "MONOCHROME2"
-        return faithful(stored, dataset)
+        def render(stored: Any, dataset: Any) -> Any:
+            dataset.PhotometricInterpretation = photometric
+            return faithful(stored, dataset)
 
-    patch.setattr("rx_edge.dicom.render", render)
+        patch.setattr("rx_edge.dicom.render", render)
 
-
-def always_inverts(patch: pytest.MonkeyPatch) -> None:
-    faithful = grayscale.render
-
-    def render(stored: Any, dataset: Any) -> Any:
-        dataset.PhotometricInterpretation = "MONOCHROME1"
-        return faithful(stored, dataset)
-
-    patch.setattr("rx_edge.dicom.render", render)
+    return plant
 
 
 def pixels_changed(change: Callable[[Any], Any]) -> Plant:
@@ -69,8 +62,8 @@ def first_token_doubled(patch: pytest.MonkeyPatch) -> None:
 
 
 IN_THE_RUNTIME: dict[str, tuple[Plant, str]] = {
-    "inversion missing": (never_inverts, "pixels"),
-    "inversion twice": (always_inverts, "pixels"),
+    "inversion missing": (rendered_as("MONOCHROME2"), "pixels"),
+    "inversion twice": (rendered_as("MONOCHROME1"), "pixels"),
     "resize kernel changed": (other_kernel, "pixels"),
     "mirrored left to right": (pixels_changed(lambda p: p[..., ::-1]), "pixels"),
     "padded with white": (

@@ -79,7 +79,10 @@ class Attends(torch.nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = pixel_values.reshape(pixel_values.shape[0], 1, 16, -1)[..., :4]
         scores = torch.exp(tokens.abs())
-        mixed = torch.nn.functional.scaled_dot_product_attention(scores, scores, tokens)
+        everything = torch.ones(16, 16, dtype=torch.bool)  # as transformers hands a mask on
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            scores, scores, tokens, attn_mask=everything
+        )
         return mixed[:, 0]
 
 
@@ -89,7 +92,7 @@ def test_a_softmax_that_overflows_is_an_error_and_not_attention_to_nothing(tmp_p
     graph = onnx.load(path).graph
     kinds = [node.op_type for node in graph.node]
     assert "Softmax" in kinds
-    assert not {"IsNaN", "Where"} & {*kinds}
+    assert "IsNaN" not in kinds
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
     images = np.ones((1, 3, 8, 8), np.float32)
