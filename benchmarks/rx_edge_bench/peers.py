@@ -7,7 +7,9 @@ overhead of our own code. Before the next study every engine has its turn, in an
 and after a rest, in which the idle threads of the engine before stop spinning.
 
 A ratio is seconds of the engine / seconds of ours, the median over studies, with a 95 % interval by
-a bootstrap over studies. What cannot run here is reported with the reason, never left out.
+a bootstrap over studies; from 30 studies on also for short, middling and long drafts, because what
+an engine costs per token and per image differ. What cannot run here is reported with the reason,
+never left out.
 
 Does not cover: whether other engines say the same on text prompts (`peer_check.py`), servers.
 """
@@ -22,6 +24,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
+
+import numpy as np
 
 from rx_edge import guards
 from rx_edge.bundle import Bundle, open_bundle
@@ -230,6 +234,7 @@ def _drafts_row(
         return ratio(one, two) if one else None
 
     bases = [base for base in (OURS, INT8, PLAIN) if base in found]
+    lengths = [len(answer.ids) for answer in plain]
     return {
         "ran": True,
         "weights": engine.weights,
@@ -238,6 +243,14 @@ def _drafts_row(
         "new_tokens": spread([float(len(a.ids)) for a in mine]),
         "against": {other: against(other, [True] * len(mine)) for other in bases},
         "against_where_text_is_equal": {other: against(other, equal) for other in bases},
+        "against_by_length": [
+            {
+                "tokens": [min(kept), max(kept)],
+                "against": {other: against(other, part) for other in bases},
+            }
+            for part in _thirds(lengths)
+            if (kept := [n for n, use in zip(lengths, part, strict=True) if use])
+        ],
         "text": {
             "equal": sum(equal),
             "of": len(equal),
@@ -249,6 +262,21 @@ def _drafts_row(
             "same_every_time": all(len({a.ids for a in rounds}) == 1 for rounds in found[name]),
         },
     }
+
+
+def _thirds(lengths: Sequence[int]) -> list[list[bool]]:
+    """Which studies have short, middling and long drafts; drafts of one length stay together.
+
+    None where the parts would be too small for an interval.
+    """
+    if len(lengths) < 3 * LEAST_STUDIES:
+        return []
+    low, high = np.quantile(lengths, (1 / 3, 2 / 3))
+    return [
+        [n <= low for n in lengths],
+        [low < n <= high for n in lengths],
+        [n > high for n in lengths],
+    ]
 
 
 def _difference(

@@ -20,6 +20,14 @@ def table(result: Mapping[str, Any]) -> str:
         text = row.get("text")
         same = f"{text['equal']}/{text['of']}" if text else ""
         lines.append(_line(name, row) + f"{same:>11}")
+    for name, row in whole.items():
+        for part in row.get("against_by_length", ()) if name != OURS else ():
+            least, most = part["tokens"]
+            found = part["against"][OURS]
+            lines.append(
+                f"{name}, drafts of {least} to {most} tokens: {found['ratio']:.3f} "
+                f"({found['low']:.3f} - {found['high']:.3f}, {found['studies']} studies)"
+            )
     lines += [
         f"(same text as {PLAIN})",
         "",

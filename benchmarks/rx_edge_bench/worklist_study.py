@@ -20,12 +20,13 @@ from rx_edge.bundle import open_bundle
 from rx_edge.config import RuntimeConfig
 from rx_edge.errors import UsageError
 from rx_edge.runtime.session import Session, open_checked
-from rx_edge.runtime.worklist import draft_all
+from rx_edge.runtime.worklist import SLOTS, draft_all
 from rx_edge_bench.environment import environment, fingerprint
 from rx_edge_bench.latency import forget, run_to_end, spread
 
 SCHEMA = "rx-edge-worklist/2"
 LEAST = 4  # studies
+SLOT_COUNTS = (1, SLOTS)
 Tokens = list[tuple[int, ...]]
 
 
@@ -33,7 +34,7 @@ def measure(
     root: Path,
     studies: Sequence[Path],
     *,
-    slots: Sequence[int] = (1, 2, 4, 8),
+    slots: Sequence[int] = SLOT_COUNTS,
     repeats: int = 3,
     tick: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:

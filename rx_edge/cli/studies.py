@@ -210,20 +210,20 @@ def worklist(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
     slots: Annotated[
-        str, typer.Option("--slots", help="numbers of slots, separated by commas")
-    ] = "1,2,4,8",
+        str | None, typer.Option("--slots", help="numbers of slots, separated by commas")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="rounds")] = 3,
     out: JsonFile = None,
 ) -> None:
     """Many studies at once against one after the other: speed and text."""
     from rx_edge.cli.benching import studies_of
-    from rx_edge_bench.worklist_study import measure
+    from rx_edge_bench.worklist_study import SLOT_COUNTS, measure
 
     with progress() as bars:
         result = measure(
             bundle,
             studies_of(images),
-            slots=[int(s) for s in slots.split(",")],
+            slots=[int(s) for s in slots.split(",")] if slots else SLOT_COUNTS,
             repeats=repeats,
             tick=lambda done, of: bars("rounds", done, of, ""),
         )

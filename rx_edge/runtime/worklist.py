@@ -31,7 +31,8 @@ from rx_edge.runtime.reading import StudyImages
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result, StudyInput
 
-SLOTS = 8  # drafts of a worker
+SLOTS = 16  # drafts of a worker; on a GPU its memory is scarce, and more than 8 were never measured
+GPU_SLOTS = 8
 # A process that reads takes a third of a second of a core to start, so it must have enough to read.
 STUDIES_PER_READER, MOST_READERS = 16, 8
 AHEAD = 2  # results per slot that may wait to be asked for
@@ -51,7 +52,7 @@ def draft_all(
     Args:
         workers: threads that draft, each on its share of the cores; 0 = `default_workers`.
         slots: drafts of a worker that share its passes; 1 = one after the other, with proposals;
-            0 = `SLOTS` where the backend can.
+            0 = `default_slots`.
         ahead: results per slot that may wait to be asked for.
         readers: processes that read studies ahead; 0 = every worker reads its own, None =
             `default_readers`.
@@ -59,7 +60,8 @@ def draft_all(
     Raises:
         BackendError: an engine failed or cannot be opened for a worker, or has no slots.
     """
-    slots = _checked_slots(session, slots)
+    slots = slots or default_slots(session)
+    _check_slots(session, slots)
     count = min(workers or default_workers(session), max(1, len(studies)))
     with ExitStack() as stack:
         source = _source(session, studies, readers)
@@ -90,6 +92,17 @@ def draft_one(
         return Result(index, study.image, error=error)
 
 
+def default_slots(session: Session) -> int:
+    """`SLOTS`, or as many as fit into half of the free memory; 1 where the backend has none."""
+    language = session.language
+    if not isinstance(language, Parallel):
+        return 1
+    if language.device != "cpu":
+        return GPU_SLOTS
+    room = memory_free() // 2 // language.sequence_bytes - 1  # the model's own sequence
+    return max(1, min(SLOTS, room))
+
+
 def default_workers(session: Session) -> int:
     """One per core and as fit into half of the free memory, where everything runs on the CPU and
     the weights are shared; else 1.
@@ -112,14 +125,12 @@ def default_readers(studies: int) -> int:
     return min(studies // STUDIES_PER_READER, physical_cores(), MOST_READERS)
 
 
-def _checked_slots(session: Session, slots: int) -> int:
-    can = isinstance(session.language, Parallel)
-    if slots > 1 and not can:
+def _check_slots(session: Session, slots: int) -> None:
+    if slots > 1 and not isinstance(session.language, Parallel):
         raise BackendError(
             f"{session.artifact.name} decodes one draft at a time; leave slots out, or choose "
             "a GGUF language model"
         )
-    return slots or (SLOTS if can else 1)
 
 
 class _Studies:

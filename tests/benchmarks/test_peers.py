@@ -182,6 +182,28 @@ def test_a_peer_that_says_something_else_is_listed() -> None:
     assert row["against_where_text_is_equal"][OURS]["studies"] == 1
 
 
+def test_short_and_long_drafts_have_ratios_of_their_own() -> None:
+    """10 s an image in both, 1 s a token beside 0.5 s: longer drafts differ more."""
+
+    def answers(per_token: float) -> list[list[Answer]]:
+        lengths = (2, 2, 8, 40)
+        return [
+            [Answer(tuple(range(n)), "x" * n, 10 + per_token * n)]
+            for n in lengths
+            for _ in range(8)
+        ]
+
+    engine: Any = SimpleNamespace(weights="w", settings={})
+    found = {OURS: answers(0.5), PLAIN: answers(0.5), "peer": answers(1.0)}
+    row = peers._drafts_row(engine, found, "peer", lambda *_: 0.0)
+    short, middling, long = row["against_by_length"]
+    assert [part["tokens"] for part in (short, middling, long)] == [[2, 2], [8, 8], [40, 40]]
+    assert [part["against"][OURS]["studies"] for part in (short, middling, long)] == [16, 8, 8]
+    assert short["against"][OURS]["ratio"] == pytest.approx(12 / 11)
+    assert long["against"][OURS]["ratio"] == pytest.approx(50 / 30)
+    assert peers._thirds([1] * 29) == []
+
+
 def test_openvino_is_timed_by_its_own_clock(
     stock_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
