@@ -42,6 +42,21 @@ def test_version() -> None:
     assert (result.returncode, result.stdout.split()[0]) == (0, "rx-edge")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("study", "worklist", ".", ".", "--slots", "1,x"),
+        ("study", "worklist", ".", ".", "--slots", "0"),
+        ("study", "export-memory", ".", "--layers", "2", "x"),
+    ],
+)
+def test_counts_that_are_none_are_usage_errors(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "Invalid value for" in result.stderr
+
+
 def test_importing_stays_light() -> None:
     """Importing the command line or the runtime leaves torch alone."""
     torch = ("torch", "transformers", "peft")

@@ -30,6 +30,7 @@ GEOMETRY = {
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
 }  # fmt: skip
 LAYERS = 32  # of the real model
+COUNTS = (2, 4)  # layers of the models that are measured
 SHARD = 2_000_000_000  # bytes of a shard of the base checkpoint
 
 
@@ -37,7 +38,7 @@ def measure(
     work: Path,
     tokenizer: Path,
     *,
-    layers: Sequence[int] = (2, 4),
+    layers: Sequence[int] = COUNTS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure for each number of layers.

@@ -122,16 +122,17 @@ def peers(
 
 def export_memory(
     tokenizer: Annotated[Path, typer.Argument(help="directory with a tokenizer.json")],
-    layers: Annotated[str, typer.Option("--layers", help="two numbers of layers")] = "2,4",
+    layers: Annotated[
+        tuple[int, int] | None, typer.Option("--layers", help="two numbers of layers, e.g. 2 4")
+    ] = None,
     out: JsonFile = None,
 ) -> None:
     """Peak memory of merging, converting and quantising 7B geometry, per number of layers."""
     require_export()
-    from rx_edge_bench.export_memory import measure
+    from rx_edge_bench.export_memory import COUNTS, measure
 
-    counts = [int(n) for n in layers.split(",")]
     with tempfile.TemporaryDirectory(prefix="rx-edge-") as work:
-        result = measure(Path(work), tokenizer, layers=counts, progress=say)
+        result = measure(Path(work), tokenizer, layers=layers or COUNTS, progress=say)
     _deliver(result, out)
 
 
@@ -210,7 +211,8 @@ def worklist(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="studies, or directories of studies")],
     slots: Annotated[
-        str | None, typer.Option("--slots", help="numbers of slots, separated by commas")
+        list[int] | None,
+        typer.Option("--slots", min=1, help="drafts of a worker; 1 = one by one; repeatable"),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="rounds")] = 3,
     out: JsonFile = None,
@@ -223,7 +225,7 @@ def worklist(
         result = measure(
             bundle,
             studies_of(images),
-            slots=[int(s) for s in slots.split(",")] if slots else SLOT_COUNTS,
+            slots=slots or SLOT_COUNTS,
             repeats=repeats,
             tick=lambda done, of: bars("rounds", done, of, ""),
         )
