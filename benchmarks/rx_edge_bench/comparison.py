@@ -176,10 +176,15 @@ def compare(
     return Comparison(verdict, work, stages, notes)
 
 
-def undecided(found: Comparison) -> bool:
-    """Whether more blocks may say more: no pass, no regression, and a time that is in doubt."""
-    doubt = any(judgement.verdict != "none" for judgement in (found.stages or {}).values())
-    return doubt and found.verdict in ("suspicious", "insufficient data")
+def undecided(found: Comparison, tolerance: float = TOLERANCE) -> bool:
+    """Whether more blocks may say more: a time is in doubt, or B passes although its deciding times
+    are best estimated above the tolerance.
+    """
+    times = found.stages or {}
+    if found.verdict == "none":
+        return any(times[name].ratio > tolerance for name in DECIDING if name in times)
+    doubt = any(judgement.verdict != "none" for judgement in times.values())
+    return doubt and found.verdict != "regression"
 
 
 def time_verdict(work: Iterable[Change], stages: Mapping[str, Judgement]) -> Verdict:

@@ -153,7 +153,7 @@ def check_time(
     one, other = interleaved.measure_pairs(a, b, pairs, tick=tick)
     found = comparison.compare(one, other, tolerance=tolerance)
     for _ in range(LOOKS - 1):
-        if not comparison.undecided(found):
+        if not comparison.undecided(found, tolerance):
             break
         more = interleaved.measure_pairs(a, b, pairs, tick=tick)
         one, other = (interleaved.joined(*both) for both in zip((one, other), more, strict=True))

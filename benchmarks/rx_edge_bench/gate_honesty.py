@@ -69,6 +69,7 @@ def measure(
             "p": P_LIMIT,
             "blocks": pairs,
             "looks": gate.LOOKS,
+            "another_look_above": TOLERANCE,  # also where B passes
             "repeats": repeats,
         },
         "slowdown": slowdown,
