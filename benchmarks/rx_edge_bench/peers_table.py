@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rx_edge_bench.peers import OURS, PLAIN
+from rx_edge_bench.peers import LEAST_STUDIES, OURS, PLAIN
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -24,9 +24,10 @@ def table(result: Mapping[str, Any]) -> str:
         for part in row.get("against_by_length", ()) if name != OURS else ():
             least, most = part["tokens"]
             found = part["against"][OURS]
+            few = ", too few to conclude from" if found["studies"] < LEAST_STUDIES else ""
             lines.append(
                 f"{name}, drafts of {least} to {most} tokens: {found['ratio']:.3f} "
-                f"({found['low']:.3f} - {found['high']:.3f}, {found['studies']} studies)"
+                f"({found['low']:.3f} - {found['high']:.3f}, {found['studies']} studies{few})"
             )
     lines += [
         f"(same text as {PLAIN})",

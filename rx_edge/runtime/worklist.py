@@ -15,8 +15,9 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,16 @@ def draft_all(
     with ExitStack() as stack:
         source = _source(session, studies, readers)
         stack.callback(source.stop)
-        sessions = [session]
-        if count > 1:
-            sessions = [stack.enter_context(_worker(session, count)) for _ in range(count)]
+        opened = partial(_worker, session, count) if count > 1 else partial(nullcontext, session)
         found: queue.Queue[Result | BaseException | None] = queue.Queue(count * slots * ahead)
         threads = [
             threading.Thread(
-                target=_work, args=(one, slots, source, found), name="rx-edge-worker", daemon=True
+                target=_work,
+                args=(opened, slots, source, found),
+                name="rx-edge-worker",
+                daemon=True,
             )
-            for one in sessions
+            for _ in range(count)
         ]
         for thread in threads:
             thread.start()
@@ -161,15 +163,16 @@ def _source(session: Session, studies: Sequence[StudyInput | Path], readers: int
 
 
 def _work(
-    session: Session,
+    opened: Callable[[], AbstractContextManager[Session]],
     slots: int,
     source: Source,
     found: queue.Queue[Result | BaseException | None],
 ) -> None:
     """A worker: results, or what ended it, and None at the end."""
     try:
-        for result in _drafts(session, slots, source):
-            found.put(result)
+        with opened() as session:
+            for result in _drafts(session, slots, source):
+                found.put(result)
     except BaseException as error:
         found.put(error)
     finally:

@@ -220,6 +220,20 @@ def test_a_slot_that_is_not_finite_fails_alone(
     assert "NaN" in str(failed[0].error)
 
 
+def test_a_worker_that_cannot_open_ends_the_list(
+    tiny_bundle: Path, studies: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(session: Session, workers: int) -> Session:
+        raise BackendError(f"no room for {workers} workers")
+
+    monkeypatch.setattr(worklist, "_worker", refused)
+    with (
+        open_session(tiny_bundle) as session,
+        pytest.raises(BackendError, match="no room for 2 workers"),
+    ):
+        list(draft_all(session, studies, workers=2, slots=2))
+
+
 def test_parallel_needs_an_open_model(tiny_bundle: Path) -> None:
     language = llm_gguf.open(tiny_bundle / "llm.F16.gguf", n_ctx=64, threads=1)
     language.close()
