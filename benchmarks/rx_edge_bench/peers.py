@@ -267,7 +267,7 @@ def _drafts_row(
 def _thirds(lengths: Sequence[int]) -> list[list[bool]]:
     """Which studies have short, middling and long drafts; drafts of one length stay together.
 
-    None where the parts would be too small for an interval.
+    Empty where the parts would be too small for an interval.
     """
     if len(lengths) < 3 * LEAST_STUDIES:
         return []

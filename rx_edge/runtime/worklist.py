@@ -61,9 +61,9 @@ def draft_all(
     Raises:
         BackendError: an engine failed or cannot be opened for a worker, or has no slots.
     """
-    slots = slots or default_slots(session)
-    _check_slots(session, slots)
     count = min(workers or default_workers(session), max(1, len(studies)))
+    slots = slots or default_slots(session, count)
+    _check_slots(session, slots)
     with ExitStack() as stack:
         source = _source(session, studies, readers)
         stack.callback(source.stop)
@@ -94,14 +94,16 @@ def draft_one(
         return Result(index, study.image, error=error)
 
 
-def default_slots(session: Session) -> int:
-    """`SLOTS`, or as many as fit into half of the free memory; 1 where the backend has none."""
+def default_slots(session: Session, workers: int) -> int:
+    """Of each worker: `SLOTS`, or as many as fit into half of the free memory; 1 where the backend
+    has none.
+    """
     language = session.language
     if not isinstance(language, Parallel):
         return 1
     if language.device != "cpu":
         return GPU_SLOTS
-    room = memory_free() // 2 // language.sequence_bytes - 1  # the model's own sequence
+    room = memory_free() // 2 // workers // language.sequence_bytes - 1  # the model's own sequence
     return max(1, min(SLOTS, room))
 
 

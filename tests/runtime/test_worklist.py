@@ -148,13 +148,13 @@ def test_slots_fit_into_the_free_memory(tiny_bundle: Path, monkeypatch: pytest.M
     with open_session(tiny_bundle) as session:
         language: Any = session.language
         for room, slots in ((worklist.SLOTS + 9, worklist.SLOTS), (6, 5), (2, 1), (0, 1)):
-            free = 2 * room * language.sequence_bytes
+            free = 2 * 3 * room * language.sequence_bytes
             monkeypatch.setattr(worklist, "memory_free", lambda free=free: free)
-            assert worklist.default_slots(session) == slots
+            assert worklist.default_slots(session, 3) == slots
         monkeypatch.setattr(language, "device", "cuda (a GPU)")
-        assert worklist.default_slots(session) == worklist.GPU_SLOTS
+        assert worklist.default_slots(session, 1) == worklist.GPU_SLOTS
         one_sequence: Any = object()
-        assert worklist.default_slots(replace(session, language=one_sequence)) == 1
+        assert worklist.default_slots(replace(session, language=one_sequence), 1) == 1
 
 
 def test_a_backend_without_slots_is_refused(tiny_bundle: Path, studies: list[Path]) -> None:
