@@ -61,9 +61,9 @@ def draft_all(
     Raises:
         BackendError: an engine failed or cannot be opened for a worker, or has no slots.
     """
+    _check_slots(session, slots)
     count = min(workers or default_workers(session), max(1, len(studies)))
     slots = slots or default_slots(session, count)
-    _check_slots(session, slots)
     with ExitStack() as stack:
         source = _source(session, studies, readers)
         stack.callback(source.stop)
