@@ -234,7 +234,6 @@ def _drafts_row(
         return ratio(one, two) if one else None
 
     bases = [base for base in (OURS, INT8, PLAIN) if base in found]
-    lengths = [len(answer.ids) for answer in plain]
     return {
         "ran": True,
         "weights": engine.weights,
@@ -244,12 +243,8 @@ def _drafts_row(
         "against": {other: against(other, [True] * len(mine)) for other in bases},
         "against_where_text_is_equal": {other: against(other, equal) for other in bases},
         "against_by_length": [
-            {
-                "tokens": [min(kept), max(kept)],
-                "against": {other: against(other, part) for other in bases},
-            }
-            for part in _thirds(lengths)
-            if (kept := [n for n, use in zip(lengths, part, strict=True) if use])
+            {"tokens": tokens, "against": {other: against(other, part) for other in bases}}
+            for tokens, part in _thirds([len(answer.ids) for answer in plain])
         ],
         "text": {
             "equal": sum(equal),
@@ -264,19 +259,19 @@ def _drafts_row(
     }
 
 
-def _thirds(lengths: Sequence[int]) -> list[list[bool]]:
-    """Which studies have short, middling and long drafts; drafts of one length stay together.
+def _thirds(lengths: Sequence[int]) -> list[tuple[tuple[int, int], list[bool]]]:
+    """Short, middling and long drafts: least and most tokens, and which studies have them.
 
-    Empty where the parts would be too small for an interval.
+    Drafts of one length stay together. Empty where there are too few studies for intervals.
     """
     if len(lengths) < 3 * LEAST_STUDIES:
         return []
-    low, high = np.quantile(lengths, (1 / 3, 2 / 3))
-    return [
-        [n <= low for n in lengths],
-        [low < n <= high for n in lengths],
-        [n > high for n in lengths],
-    ]
+    parts = np.digitize(lengths, np.quantile(lengths, (1 / 3, 2 / 3)), right=True)
+    found = []
+    for part in np.unique(parts):
+        own = [n for n, its in zip(lengths, parts, strict=True) if its == part]
+        found.append(((min(own), max(own)), [bool(its == part) for its in parts]))
+    return found
 
 
 def _difference(

@@ -32,8 +32,8 @@ from rx_edge.runtime.reading import StudyImages
 from rx_edge.runtime.session import Session, open_checked
 from rx_edge.types import Report, Result, StudyInput
 
-SLOTS = 16  # drafts of a worker; on a GPU its memory is scarce, and more than 8 were never measured
-GPU_SLOTS = 8
+SLOTS = 16  # drafts of a worker
+GPU_SLOTS = 8  # memory is scarcer there; no number was measured on a GPU yet
 # A process that reads takes a third of a second of a core to start, so it must have enough to read.
 STUDIES_PER_READER, MOST_READERS = 16, 8
 AHEAD = 2  # results per slot that may wait to be asked for

@@ -197,11 +197,12 @@ def test_short_and_long_drafts_have_ratios_of_their_own() -> None:
     found = {OURS: answers(0.5), PLAIN: answers(0.5), "peer": answers(1.0)}
     row = peers._drafts_row(engine, found, "peer", lambda *_: 0.0)
     short, middling, long = row["against_by_length"]
-    assert [part["tokens"] for part in (short, middling, long)] == [[2, 2], [8, 8], [40, 40]]
+    assert [part["tokens"] for part in (short, middling, long)] == [(2, 2), (8, 8), (40, 40)]
     assert [part["against"][OURS]["studies"] for part in (short, middling, long)] == [16, 8, 8]
     assert short["against"][OURS]["ratio"] == pytest.approx(12 / 11)
     assert long["against"][OURS]["ratio"] == pytest.approx(50 / 30)
     assert peers._thirds([1] * 29) == []
+    assert peers._thirds([7] * 30) == [((7, 7), [True] * 30)]
 
 
 def test_openvino_is_timed_by_its_own_clock(
