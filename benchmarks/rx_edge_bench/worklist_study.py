@@ -34,11 +34,16 @@ def measure(
     root: Path,
     studies: Sequence[Path],
     *,
+    vision: str | None = None,
+    language: str | None = None,
     slots: Sequence[int] = SLOT_COUNTS,
     repeats: int = 3,
     tick: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Time every way of drafting all studies.
+
+    Args:
+        vision, language: artefacts, as in `open_session`.
 
     Returns:
         JSON-ready, schema `SCHEMA`: seconds for all studies per way, its speed-up over one by one
@@ -51,7 +56,8 @@ def measure(
         raise UsageError(f"{len(studies)} studies are too few to keep slots busy; name {LEAST}")
     bundle = open_bundle(root)
     plain = replace(RuntimeConfig(), drafts=False)
-    with open_checked(bundle) as session, open_checked(bundle, runtime=plain) as slow:
+    opened = partial(open_checked, bundle, vision=vision, language=language)
+    with opened() as session, opened(runtime=plain) as slow:
         ways: dict[str, Callable[[], Tokens]] = {
             "one by one": partial(_one_by_one, session, studies),
             "one by one, drafts off": partial(_one_by_one, slow, studies),

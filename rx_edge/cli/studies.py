@@ -12,7 +12,9 @@ import typer
 from rx_edge.atomic import replacing
 from rx_edge.cli.common import (
     BundleArgument,
+    LanguageChoice,
     Unverified,
+    VisionChoice,
     print_json,
     progress,
     require_export,
@@ -214,6 +216,8 @@ def worklist(
         list[int] | None,
         typer.Option("--slots", min=1, help="drafts of a worker; 1 = one by one; repeatable"),
     ] = None,
+    vision: VisionChoice = None,
+    llm: LanguageChoice = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="rounds")] = 3,
     out: JsonFile = None,
 ) -> None:
@@ -225,6 +229,8 @@ def worklist(
         result = measure(
             bundle,
             studies_of(images),
+            vision=vision,
+            language=llm,
             slots=slots or SLOT_COUNTS,
             repeats=repeats,
             tick=lambda done, of: bars("rounds", done, of, ""),

@@ -151,7 +151,10 @@ def test_a_ratio_has_an_interval() -> None:
 
 
 def test_a_worklist_is_measured_against_one_by_one(tiny_bundle: Path, studies: list[Path]) -> None:
-    found = worklist_study.measure(tiny_bundle, studies, slots=(1, 2), repeats=1)
+    found = worklist_study.measure(
+        tiny_bundle, studies, vision="onnx:fp32", slots=(1, 2), repeats=1
+    )
+    assert "vision: vision_onnx fp32 on cpu (asked for)" in found["runs"]
     assert set(found["ways"]) == {
         "one by one", "one by one, drafts off", "workers of 1 slots", "workers of 2 slots",
     }  # fmt: skip
