@@ -105,11 +105,13 @@ class ModelConfig:
         "-2 for CLIP, whose last block was trained through the CLS token only, else -1",
     )
     pooling: Literal[
-        "none", "pixel-shuffle-2x2", "average-2x2", "average-3x3", "average-4x4", "resampler"
+        "none", "pixel-shuffle-2x2", "pixel-shuffle-3x3", "pixel-shuffle-4x4",
+        "average-2x2", "average-3x3", "average-4x4", "resampler",
     ] = _option(
         "pixel-shuffle-2x2",
-        "2x2 patches become one token: a quarter of the soft tokens, and what `internvl` computes",
-    )
+        "2x2 patches become one token: a quarter of the soft tokens; 4x4: a sixteenth, and a "
+        "prompt that is read sooner. Stock llama.cpp's `internvl` computes pixel shuffles only",
+    )  # fmt: skip
     queries: int = _option(
         64, "soft tokens of pooling 'resampler'; as many as 224 px give by default"
     )

@@ -1,7 +1,7 @@
 """Vision tower + pooling + projector -> an `internvl` mmproj GGUF, the file stock llama.cpp reads.
 
 That type computes what our default model is: a ViT with a CLS token (DINOv2's layer scale
-included), its last layer norm, CLS dropped, 2x2 pixel shuffle, LayerNorm, Linear-GELU-Linear, and
+included), its last layer norm, CLS dropped, pixel shuffle, LayerNorm, Linear-GELU-Linear, and
 the literal text <img>...</img> around it. Anything else is refused by name, because a file that
 nearly fits loads just as well and drafts nonsense. Every tensor of the encoder is accounted for.
 The same encoder gives the same bytes.
@@ -202,8 +202,8 @@ def _check_projector(projector: Any, vision: Any) -> None:
     if not projector.shuffle:
         raise ExportError(
             f"the model's pooling is {projector.pooling!r}, but the mmproj type 'internvl' always "
-            'joins 2x2 patches; train with pooling = "pixel-shuffle-2x2", or export without the '
-            "mmproj"
+            'joins patches; train with pooling = "pixel-shuffle-2x2", -3x3 or -4x4, or export '
+            "without the mmproj"
         )
     kinds = [type(layer) for layer in projector.net]
     if kinds != [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear]:
@@ -219,10 +219,11 @@ def _check_projector(projector: Any, vision: Any) -> None:
             "train with torch's default"
         )
     inner = projector.net[0].normalized_shape[0]
-    if (inner, projector.grid) != (4 * vision.width, vision.grid):
+    joined = projector.shuffle**2
+    if (inner, projector.grid) != (joined * vision.width, vision.grid):
         raise ExportError(
             f"the projector takes {inner} numbers on a grid of {projector.grid}, the vision tower "
-            f"gives 4 x {vision.width} on {vision.grid}: they belong to different models"
+            f"gives {joined} x {vision.width} on {vision.grid}: they belong to different models"
         )
 
 
@@ -289,7 +290,7 @@ def _add_metadata(
         "block_count": config.num_hidden_layers,
         "projection_dim": projector.net[-1].out_features,
         "attention.head_count": config.num_attention_heads,
-        "projector.scale_factor": 2,
+        "projector.scale_factor": projector.shuffle,
         # one tile: the square is encoded as it is, without llama.cpp's tiling of large images
         "preproc_min_tiles": 1,
         "preproc_max_tiles": 1,

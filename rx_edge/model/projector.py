@@ -1,6 +1,6 @@
 """Pooling and projection: patch features to soft prompt in the LM's embedding space.
 
-2x2 pixel shuffle + LayerNorm + Linear-GELU-Linear is what stock llama.cpp's `internvl` mmproj
+Pixel shuffle + LayerNorm + Linear-GELU-Linear is what stock llama.cpp's `internvl` mmproj
 computes. The output starts at the scale of the LM's own token embeddings, so that the frozen
 LM of stage 1 is fed plausible vectors from the first step.
 """
@@ -13,6 +13,7 @@ from torch import nn
 from rx_edge.config import ModelConfig
 from rx_edge.errors import ModelError
 
+JOINS = "pixel-shuffle"
 HEAD = 64  # width of one of the resampler's attention heads, where the tower's width allows it
 
 
@@ -21,15 +22,16 @@ class Projector(nn.Module):
 
     Attributes:
         pooling: as `ModelConfig.pooling`.
+        shuffle: side of the squares of patches that pixel shuffle joins; 0 = another pooling.
         tokens: N.
     """
 
     def __init__(self, config: ModelConfig, *, grid: int, width: int, lm_width: int) -> None:
         super().__init__()
         self.pooling, self.grid = config.pooling, grid
-        self.shuffle = config.pooling == "pixel-shuffle-2x2"
+        self.shuffle = int(config.pooling[-1]) if config.pooling.startswith(JOINS) else 0
         self.pool, self.tokens = _pooling(config, grid, width), soft_tokens(config, grid)
-        inner = width * (4 if self.shuffle else 1)
+        inner = width * max(1, self.shuffle) ** 2
         if config.projector == "linear":
             self.net = nn.Sequential(nn.Linear(inner, lm_width))
         else:
@@ -79,7 +81,7 @@ def _pooling(config: ModelConfig, grid: int, width: int) -> nn.Module:
             f"pooling {config.pooling!r} needs {needs}, this tower has {grid}; choose an image "
             "size of such a number of patches, pooling = 'resampler' or pooling = 'none'"
         )
-    return _Blocks(grid, side, join=config.pooling.startswith("pixel-shuffle"))
+    return _Blocks(grid, side, join=config.pooling.startswith(JOINS))
 
 
 class _Blocks(nn.Module):

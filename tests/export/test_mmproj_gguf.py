@@ -68,6 +68,17 @@ def test_a_larger_pretraining_grid_is_interpolated(tiny: Tiny, tmp_path: Path) -
     assert all(s.passed for s in found.stages)
 
 
+def test_larger_squares_of_patches_are_joined_in_the_same_order(tiny: Tiny, tmp_path: Path) -> None:
+    size, model = 2 * IMAGE_SIZE, ModelConfig(pooling="pixel-shuffle-4x4")  # 2 x 2 soft tokens
+    recipe = dataclasses.replace(RECIPE, size=size)
+    encoder = tiny_encoder(tmp_path, "dinov2", size, model, image_size=size)
+    assert tiny.write(encoder, tmp_path / "m.gguf", image=recipe)["soft_tokens"] == 4
+    found = mmproj_check.compare(
+        tmp_path / "m.gguf", tiny.llm, {"a": phantom_pixels(recipe)}, recipe, encode(encoder)
+    )
+    assert all(s.passed for s in found.stages)
+
+
 @pytest.mark.parametrize("change", [{"hidden_act": "quick_gelu"}, {"qkv_bias": False}])
 def test_other_settings_that_internvl_computes(
     tiny: Tiny, tmp_path: Path, change: dict[str, Any]

@@ -53,16 +53,19 @@ def without(directory: Path, key: str, out: Path) -> str:
     return str(out)
 
 
-def test_pixel_shuffle_equals_a_naive_loop() -> None:
-    projector = Projector(ModelConfig(), grid=6, width=3, lm_width=5)
-    features = torch.randn(2, 36, 3)
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_pixel_shuffle_equals_a_naive_loop(side: int) -> None:
+    grid = 2 * side
+    config = ModelConfig(pooling=f"pixel-shuffle-{side}x{side}")  # type: ignore[arg-type]
+    projector = Projector(config, grid=grid, width=3, lm_width=5)
+    features = torch.randn(2, grid * grid, 3)
     tokens = []
-    for row in range(0, 6, 2):
-        for column in range(0, 6, 2):
-            block = [(row, column), (row, column + 1), (row + 1, column), (row + 1, column + 1)]
-            tokens.append(torch.cat([features[:, r * 6 + c] for r, c in block], -1))
+    for top in (0, side):
+        for left in (0, side):
+            block = [(top + r, left + c) for r in range(side) for c in range(side)]
+            tokens.append(torch.cat([features[:, r * grid + c] for r, c in block], -1))
     expected = projector.net(torch.stack(tokens, 1))
-    assert projector.tokens == 9
+    assert projector.tokens == 4
     torch.testing.assert_close(projector(features), expected)
 
 
