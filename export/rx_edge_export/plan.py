@@ -182,7 +182,7 @@ def recipe_of(run: Path) -> TrainRecipe:
         ModelError: `run` is not finished.
         ConfigError: its recipe.toml is wrong.
     """
-    for needed in ("recipe.toml", "final/projector.safetensors"):
+    for needed in ("recipe.toml", "final/projector.safetensors", "metrics.json"):  # the last file
         _require(run, needed)
     recipe = load_toml(run / "recipe.toml", TrainRecipe)
     for part in trained_parts(recipe):
@@ -192,7 +192,10 @@ def recipe_of(run: Path) -> TrainRecipe:
 
 def _require(run: Path, file: str) -> None:
     if not (run / file).is_file():
-        raise ModelError(f"{str(run)!r} is not a finished training run: {file} is missing")
+        raise ModelError(
+            f"{str(run)!r} is not a finished training run: {file} is missing; "
+            "wait for it, or go on with rx-edge train RECIPE --out RUN --resume"
+        )
 
 
 def refuse_unfit(plan: Plan, memory_gb: float = 0.0) -> None:

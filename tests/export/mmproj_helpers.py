@@ -45,14 +45,16 @@ def tiny_encoder(
     root: Path,
     family: str,
     size: int = IMAGE_SIZE,
-    model: ModelConfig = ModelConfig(),  # noqa: B008 - frozen
+    model: ModelConfig | None = None,
     **config: Any,
 ) -> Any:
     """Every parameter is away from its 0 or 1, so that losing one shows."""
     vision = load_vision(str(tower_dir(root, family, **config)), size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        projector = Projector(model, grid=vision.grid, width=vision.width, lm_width=64)
+        projector = Projector(
+            model or ModelConfig(), grid=vision.grid, width=vision.width, lm_width=64
+        )
         encoder = SoftPromptEncoder(vision, projector).eval()
         for parameter in encoder.parameters():
             parameter.data.add_(torch.randn(parameter.shape) * 0.15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,9 @@ def test_predicted_soft_tokens(tmp_path: Path, family: str) -> None:
     directory = str(tiny_tower_dir(tmp_path / family, family))
     grid = grid_of(directory, IMAGE_SIZE)
     assert grid == load_vision(directory, IMAGE_SIZE).grid
-    for pooling in ("none", "resampler", "average-2x2", "pixel-shuffle-2x2"):
+    for pooling in ("none", "resampler", "average-2x2", "pixel-shuffle-2x2", "pixel-shuffle-4x4"):
         config = ModelConfig(pooling=pooling, queries=5)  # type: ignore[arg-type]
-        if pooling.endswith("2x2") and grid % 2:
+        if pooling[-1].isdigit() and grid % int(pooling[-1]):
             continue
         projector = Projector(config, grid=grid, width=32, lm_width=8)
         found = projector(torch.zeros(1, grid * grid, 32))
@@ -76,6 +77,14 @@ def test_predicted_sizes_of_the_demo(demo_bundle: Path) -> None:
     for row in made.rows:
         wanted = (demo_bundle / row.file).stat().st_size
         assert row.disk == pytest.approx(wanted, rel=0.05), row
+
+
+def test_a_run_that_still_measures_itself_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "metrics.json").unlink()
+    with pytest.raises(ModelError, match=r"not a finished .*metrics.json is missing; wait for it"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_that_does_not_fit_is_refused_before_anything_is_made(

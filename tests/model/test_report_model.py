@@ -55,17 +55,17 @@ def without(directory: Path, key: str, out: Path) -> str:
 
 @pytest.mark.parametrize("side", [2, 3, 4])
 def test_pixel_shuffle_equals_a_naive_loop(side: int) -> None:
-    grid = 2 * side
+    grid = 3 * side
     config = ModelConfig(pooling=f"pixel-shuffle-{side}x{side}")  # type: ignore[arg-type]
     projector = Projector(config, grid=grid, width=3, lm_width=5)
     features = torch.randn(2, grid * grid, 3)
     tokens = []
-    for top in (0, side):
-        for left in (0, side):
+    for top in range(0, grid, side):
+        for left in range(0, grid, side):
             block = [(top + r, left + c) for r in range(side) for c in range(side)]
             tokens.append(torch.cat([features[:, r * grid + c] for r, c in block], -1))
     expected = projector.net(torch.stack(tokens, 1))
-    assert projector.tokens == 4
+    assert projector.tokens == 9
     torch.testing.assert_close(projector(features), expected)
 
 
