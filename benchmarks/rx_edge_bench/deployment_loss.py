@@ -1,8 +1,8 @@
 """What deployment costs: the trained model and its bundle on the same held-out studies.
 
 `verify` asks whether a bundle is the trained model; this asks what the difference means for the
-reports. torch (float32, adapter unmerged) and the bundle (its default vision artefact, one
-language artefact at a time, production arithmetic) see the same pixels, the same prompt and the
+reports. torch (float32, adapter unmerged) and the bundle (one vision artefact, one language
+artefact at a time, production arithmetic) see the same pixels, the same prompt and the
 same limit of tokens, and decode greedily. Every metric is a function of sums over studies, so
 that one paired bootstrap gives the interval of its change.
 
@@ -90,6 +90,7 @@ def measure(
     pairs: Path,
     languages: Sequence[str],
     *,
+    vision: str | None = None,
     limit: int | None = None,
     threads: int | None = None,
     allow_unverified: bool = False,
@@ -100,6 +101,7 @@ def measure(
     Args:
         pairs: a pairs.jsonl or its directory; its val and test studies are used.
         languages: language artefacts by name, e.g. "gguf:Q8_0".
+        vision: a vision artefact by name; None = the bundle's default.
         limit: at most so many studies, the same ones every time; None = all.
         threads: CPU threads of the bundle's engines; None = as the bundle says.
         allow_unverified: measure a bundle without a passing verdict; the result says so.
@@ -117,7 +119,7 @@ def measure(
 
     _rouge(), _sacrebleu()  # missing packages are reported before the long part
     opened = open_bundle(bundle, allow_unverified=allow_unverified)
-    chosen = [opened.language(name) for name in languages]
+    tower, chosen = opened.vision(vision), [opened.language(name) for name in languages]
     model = load_run(run)
     refuse_other_run(model, opened)
     studies = read_studies(model, pairs, HELD, limit)
@@ -125,20 +127,20 @@ def measure(
     del model  # free its memory before engines are opened
     found = {}
     for artifact in chosen:
-        with open_checked(opened, language=artifact, threads=threads) as session:
+        with open_checked(opened, vision=tower, language=artifact, threads=threads) as session:
             answers = _of_bundle(session, studies, progress)
             found[artifact.name] = compare(studies, said, answers, margins)
     note = {"data": data_note(pairs, HELD), "artifacts": found, "environment": environment()}
-    return {**_header(opened, studies), **note}
+    return {**_header(opened, tower.name, studies), **note}
 
 
-def _header(opened: Bundle, studies: Sequence[Held]) -> dict[str, Any]:
+def _header(opened: Bundle, vision: str, studies: Sequence[Held]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "bundle_sha256": opened.digest,
         "verified": opened.manifest.verification.passed,
         "model": opened.manifest.name,
-        "vision": opened.vision().name,
+        "vision": vision,
         "reference": "torch float32, adapter unmerged",
         "n": len(studies),
         "n_with_report": sum(s.sample.complete for s in studies),

@@ -38,6 +38,7 @@ def deployment_loss(
     llm: Annotated[
         str, typer.Option("--llm", help="artefacts to compare with the run")
     ] = "gguf:Q8_0,gguf:Q4_K_M",
+    vision: VisionChoice = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="held-out studies")] = None,
     threads: Threads = None,
     allow_unverified: Unverified = False,
@@ -53,6 +54,7 @@ def deployment_loss(
             bundle,
             pairs,
             llm.split(","),
+            vision=vision,
             limit=limit,
             threads=threads,
             allow_unverified=allow_unverified,

@@ -50,9 +50,13 @@ def planted(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_same_numbers_cost_nothing(
     tiny_run: Path, tiny_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A float32 language model in exact arithmetic: every draft and every metric is the same."""
+    """A float32 language model in exact arithmetic: every draft and every metric is the same.
+
+    Beside it an int8 tower, which does cost something: it is the tower that is asked for.
+    """
     out = tmp_path / "bundle"
-    export(tiny_run, out, config=ExportConfig(language=("gguf:F32",)))
+    towers = ("onnx:fp32", "onnx:int8")
+    export(tiny_run, out, config=ExportConfig(vision=towers, language=("gguf:F32",)))
     exact = functools.partial(open_checked, exact=True)
     monkeypatch.setattr(deployment_loss, "open_checked", exact)
     result = measure(tiny_run, out, tiny_pairs, ["gguf:F32"], threads=1, progress=silent)
@@ -62,6 +66,13 @@ def test_the_same_numbers_cost_nothing(
         assert metric["change"] == pytest.approx(0.0, abs=1e-5), name
         assert metric["change_low"] == pytest.approx(0.0, abs=1e-5), name
     assert found["metrics"]["nll_per_token"]["torch"] > 0.1
+    int8 = measure(
+        tiny_run, out, tiny_pairs, ["gguf:F32"], vision="onnx:int8", threads=1, progress=silent
+    )
+    assert (result["vision"], int8["vision"]) == towers
+    likelihood = int8["artifacts"]["gguf:F32"]["metrics"]["nll_per_token"]
+    assert likelihood["torch"] == found["metrics"]["nll_per_token"]["torch"]
+    assert abs(likelihood["change"]) > 1e-5
 
 
 def test_float16_in_production_costs_next_to_nothing(result: dict[str, Any]) -> None:
@@ -161,6 +172,8 @@ def test_what_is_wrong_is_refused_before_the_long_part(
 ) -> None:
     with pytest.raises(BundleError, match="no language model 'gguf:Q2'"):
         measure(tiny_run, tiny_bundle, tiny_pairs, ["gguf:Q2"], progress=silent)
+    with pytest.raises(BundleError, match="no vision model 'onnx:int8'"):
+        measure(tiny_run, tiny_bundle, tiny_pairs, [F16], vision="onnx:int8", progress=silent)
     with pytest.raises(UsageError, match="--limit is 0"):
         measure(tiny_run, tiny_bundle, tiny_pairs, [F16], limit=0, progress=silent)
     other = tmp_path / "run"
