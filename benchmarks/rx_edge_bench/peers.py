@@ -4,7 +4,8 @@ Two tables. *End to end*: image file to final text. *Language model alone*: rand
 fixed number of tokens out, with as many as our drafts had; engines that take no soft prompt can be
 compared only here, and `llama.cpp raw` is what `llama-bench` times, so that ours / raw is the
 overhead of our own code. Before the next study every engine has its turn, in an order of chance
-and after a rest, in which the idle threads of the engine before stop spinning.
+and after a rest, in which the idle threads of the engine before stop spinning. No study is drafted
+from memory of an earlier round.
 
 A ratio is seconds of the engine / seconds of ours, the median over studies, with a 95 % interval by
 a bootstrap over studies; from 30 studies on also for short, middling and long drafts, because what
@@ -19,7 +20,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,10 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 
-from rx_edge import guards
 from rx_edge.bundle import Bundle, open_bundle
-from rx_edge.errors import InputError, UsageError
+from rx_edge.errors import UsageError
 from rx_edge.machine import physical_cores
 from rx_edge.prompting import PromptIds, load_tokenizer, prompt_ids
-from rx_edge.radiograph import open_radiograph
-from rx_edge.runtime.worklist_store import studies_below
 from rx_edge_bench.environment import environment, fingerprint
 from rx_edge_bench.latency import median, spread
 from rx_edge_bench.peer_check import LLAMA_CPP, first_difference
@@ -47,10 +45,10 @@ from rx_edge_bench.peer_engines.base import (
     Writer,
     random_ids,
 )
+from rx_edge_bench.peer_studies import held_out_reports, pictures
 from rx_edge_bench.turns import Rounds, ratio, take_turns
-from rx_edge_export.mmproj_check import write_square
 
-SCHEMA = "rx-edge-peers-latency/1"
+SCHEMA = "rx-edge-peers-latency/2"
 OURS, PLAIN = "rx-edge", "rx-edge, drafts off"
 INT8 = "rx-edge, vision int8"
 MTMD, RAW, OPENVINO = "llama.cpp multimodal", "llama.cpp raw", "OpenVINO GenAI"
@@ -85,6 +83,8 @@ def measure(
     studies: Sequence[Path],
     *,
     run: Path | None = None,
+    reports: Path | None = None,
+    limit: int | None = None,
     repeats: int = 3,
     language: str | None = None,
     max_new_tokens: int | None = None,
@@ -96,6 +96,9 @@ def measure(
     Args:
         studies: image files, and directories of them; empty = the bundle's canaries.
         run: the training run of the bundle, for transformers; None = reported as missing.
+        reports: a pairs.jsonl or its directory instead of `studies`: every engine writes the
+            reference report of each held-out study (`peer_studies.py`).
+        limit: at most so many of those.
         language: a GGUF artefact; None = the bundle's default.
         max_new_tokens: most tokens of a draft; None = as the bundle says.
         threads: CPU threads of every engine; None = as the bundle says, else one per core.
@@ -104,24 +107,26 @@ def measure(
         JSON-ready, schema `SCHEMA`; seconds, counts and ratios. No text and no file name.
 
     Raises:
-        UsageError: no usable study, or the artefact is no GGUF.
+        UsageError: no usable study, both studies and reports, or the artefact is no GGUF.
         BundleError, BackendError: our own engine refuses.
     """
     bundle = open_bundle(root)
     job, prompt = _job(bundle, run, language, max_new_tokens, threads)
-    named = studies or [bundle.path(name) for name in bundle.manifest.canaries]
+    given = _reports(job, studies, reports, limit)
+    named = studies or list(given) or [bundle.path(name) for name in bundle.manifest.canaries]
     with tempfile.TemporaryDirectory(prefix="rx-edge-peers-") as work:
-        pictures, refused = _pictures(named, bundle, Path(work))
-        whole, answers = _end_to_end(job, pictures, repeats, tick)
+        found, refused = pictures(named, bundle, Path(work), given)
+        whole, answers = _end_to_end(job, found, repeats, tick)
     read = len(prompt.before) + bundle.manifest.soft_tokens + len(prompt.after)
     written = max(2, round(median([len(rounds[0].ids) for rounds in answers])))
-    alone = _language_alone(job, (read, written), len(pictures), repeats, tick)
+    alone = _language_alone(job, (read, written), len(found), repeats, tick)
     return {
         **_header(job),
-        "studies": len(pictures),
+        "texts": "reference reports, dictated" if given else "own drafts",
+        "studies": len(found),
         "studies_refused": refused,
         "repeats": repeats,
-        "notes": [*NOTES, *([FEW] if len(pictures) < LEAST_STUDIES else [])],
+        "notes": [*NOTES, *([FEW] if len(found) < LEAST_STUDIES else [])],
         "end_to_end": whole,
         "language_alone": alone,
         "fingerprint": fingerprint(),
@@ -160,29 +165,25 @@ def _job(
     return job, prompt
 
 
-def _pictures(paths: Iterable[Path], bundle: Bundle, work: Path) -> tuple[list[Picture], int]:
-    """The usable studies with their squares, and how many files were none."""
-    found: list[Picture] = []
-    refused = 0
-    for path in (f for p in paths for f in (studies_below(p) if p.is_dir() else [p])):
-        square = work / f"{len(found)}.png"
-        try:
-            guards.check_image(open_radiograph(path))
-            write_square(path, bundle.manifest.image, square)
-        except InputError:
-            refused += 1
-        else:
-            found.append(Picture(path, square))
-    if not found:
-        raise UsageError(f"none of {refused} files is a usable chest radiograph; see --images")
-    return found, refused
+def _reports(
+    job: Job, studies: Sequence[Path], reports: Path | None, limit: int | None
+) -> dict[Path, tuple[int, ...]]:
+    """What is dictated, per image file; empty where engines write their own drafts."""
+    if reports is None:
+        if limit is not None:
+            raise UsageError("--limit counts the studies of --reports; name those too")
+        return {}
+    if studies:
+        raise UsageError("--images and --reports both name studies; give one of them")
+    tokenizer = load_tokenizer(job.bundle.path(job.bundle.manifest.tokenizer))
+    return held_out_reports(reports, tokenizer, studies=limit, tokens=job.limit)
 
 
 # --- end to end ---------------------------------------------------------------------------------
 
 
 def _end_to_end(
-    job: Job, pictures: Sequence[Picture], repeats: int, tick: Tick
+    job: Job, studies: Sequence[Picture], repeats: int, tick: Tick
 ) -> tuple[dict[str, Any], Rounds[Answer]]:
     """A row per engine; and our answers, drafts off."""
     merged = functools.cache(lambda: hf.load_merged(job))  # both caches share it
@@ -201,18 +202,18 @@ def _end_to_end(
             quick = ours.open_ours(job, drafts=True, vision="onnx:int8")
             engines[INT8] = stack.enter_context(quick)
         for engine in engines.values():
-            engine.draft(pictures[0])
-        missing = _open(stack, peers, engines, lambda e: e.draft(pictures[0]))
+            engine.draft(studies[0])
+        missing = _open(stack, peers, engines, lambda e: e.draft(studies[0]))
         found = take_turns(
             engines,
-            lambda engine, study, _: engine.draft(pictures[study]),
-            len(pictures),
+            lambda engine, study, _: engine.draft(studies[study]),
+            len(studies),
             repeats,
             functools.partial(tick, "end to end"),
         )
 
         def margin(study: int, ids: Sequence[int]) -> float:
-            return plain.margin(pictures[study], ids)
+            return plain.margin(studies[study], ids)
 
         rows = {name: _drafts_row(engines[name], found, name, margin) for name in engines}
     return {**rows, **missing}, found[PLAIN]

@@ -13,7 +13,7 @@ def table(result: Mapping[str, Any]) -> str:
     whole, alone = result["end_to_end"], result["language_alone"]
     lines = [
         f"end to end: {result['studies']} studies x {result['repeats']}, {result['artifact']}, "
-        f"{result['threads']} threads; ratio = engine / {OURS}",
+        f"{result['threads']} threads, {result['texts']}; ratio = engine / {OURS}",
         f"{'':<28}{'weights':<24}{'seconds':>9}{'ratio':>8}{'95 % interval':>18}{'same text':>11}",
     ]
     for name, row in whole.items():

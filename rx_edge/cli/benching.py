@@ -241,6 +241,15 @@ def peers(
         list[Path] | None,
         typer.Option("--images", help="study or directory of them; repeatable; default: canaries"),
     ] = None,
+    reports: Annotated[
+        Path | None,
+        typer.Option(
+            "--reports",
+            help="pairs.jsonl or its directory, instead of --images: every engine writes the "
+            "reference report of each held-out study, not its own draft",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="studies of those")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="turns of every study")] = 3,
     llm: LanguageChoice = None,
     max_new_tokens: Annotated[
@@ -259,6 +268,8 @@ def peers(
         bundle,
         images or (),
         run=run,
+        reports=reports,
+        limit=limit,
         repeats=repeats,
         language=llm,
         max_new_tokens=max_new_tokens,

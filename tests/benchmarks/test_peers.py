@@ -16,13 +16,15 @@ from typer.testing import CliRunner
 
 from rx_edge.bundle import open_bundle
 from rx_edge.cli import app
-from rx_edge.config import ExportConfig
+from rx_edge.config import CorpusConfig, ExportConfig
 from rx_edge.errors import BackendError, UsageError
-from rx_edge.prompting import layout
+from rx_edge.prompting import layout, load_tokenizer
 from rx_edge.runtime.pipeline import open_study
+from rx_edge.train.data import pairs_jsonl
 from rx_edge_bench import peers, turns
 from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm, ours
 from rx_edge_bench.peer_engines.base import Answer, Picture
+from rx_edge_bench.peer_studies import held_out_reports
 from rx_edge_bench.peers import MTMD, OPENVINO, OURS, PLAIN, RAW, SCHEMA, SOFT
 from rx_edge_bench.peers_table import table
 from rx_edge_export.export import export
@@ -75,6 +77,56 @@ def test_the_texts_are_ours(result: dict[str, Any]) -> None:
         assert row["text"]["differ"] == []
         assert row["new_tokens"]["median"] > 2  # else there was nothing to compare
         assert row["against_where_text_is_equal"] == row["against"]
+
+
+def test_dictated_reports(stock_bundle: Path, tiny_run: Path, tiny_pairs: Path) -> None:
+    """Every engine writes the held-out reports, token for token, whatever it would have chosen."""
+    found = peers.measure(
+        stock_bundle, (), run=tiny_run, reports=tiny_pairs, limit=2, repeats=2, threads=1
+    )
+    bundle = open_bundle(stock_bundle)
+    tokenizer = load_tokenizer(bundle.path(bundle.manifest.tokenizer))
+    wanted = held_out_reports(tiny_pairs, tokenizer, studies=2, tokens=999)
+    lengths = sorted(len(ids) for ids in wanted.values())
+    assert (found["texts"], found["studies"]) == ("reference reports, dictated", 2)
+    for name in (OURS, PLAIN, MTMD, *HF):
+        row = found["end_to_end"][name]
+        assert row["text"]["equal"] == 2, name
+        assert [row["new_tokens"][key] for key in ("least", "most")] == [lengths[0], lengths[-1]]
+    assert "dictated" in table(found)
+    assert "lungs" not in json.dumps(found)
+
+
+def test_dictation_is_what_is_written(stock_bundle: Path, tiny_pairs: Path, tmp_path: Path) -> None:
+    """With proposals, of which some are wrong; and afterwards another report."""
+    bundle = open_bundle(stock_bundle)
+    job, _ = peers._job(bundle, None, None, None, 1)
+    tokenizer = load_tokenizer(bundle.path(bundle.manifest.tokenizer))
+    written = held_out_reports(tiny_pairs, tokenizer, studies=3, tokens=job.limit)
+    short = held_out_reports(tiny_pairs, tokenizer, studies=3, tokens=3)
+    assert [ids[:3] for ids in written.values()] == list(short.values())
+    texts = {s.image: s.target for s in pairs_jsonl.read(tiny_pairs, CorpusConfig()).samples}
+    with ours.open_ours(job, drafts=True) as engine:
+        for study, ids in written.items():
+            answer = engine.draft(Picture(study, tmp_path / "none.png", ids))
+            assert answer.ids == ids
+            assert answer.text == texts[study]
+
+
+def test_no_study_is_drafted_from_memory(
+    stock_bundle: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a round a session remembers its drafts, as in production; not from one to the next."""
+    known: list[int] = []
+    job, _ = peers._job(open_bundle(stock_bundle), None, None, TOKENS, 1)
+    with ours.open_ours(job, drafts=True) as engine:
+        memory = engine.session.drafter._memory  # type: ignore[union-attr]
+        kept, clear = memory.add, memory.clear
+        monkeypatch.setattr(memory, "add", lambda ids: (known.append(1), kept(ids)))
+        monkeypatch.setattr(memory, "clear", lambda: (known.append(0), clear()))
+        for image in (*images, *images):
+            engine.draft(Picture(image, tmp_path / "none.png"))
+    assert known == [1, 1, 0, 1, 1]
 
 
 def test_the_language_model_alone(result: dict[str, Any]) -> None:
@@ -166,6 +218,13 @@ def test_refusals(stock_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image", "utf-8")
     with pytest.raises(UsageError, match="none of 1 files is a usable"):
         peers.measure(stock_bundle, [tmp_path], repeats=1)
+    with pytest.raises(UsageError, match="both name studies"):
+        peers.measure(stock_bundle, [tmp_path], reports=tmp_path)
+    with pytest.raises(UsageError, match="--limit counts the studies of --reports"):
+        peers.measure(stock_bundle, [], limit=3)
+    (tmp_path / "pairs.jsonl").write_text("", "utf-8")
+    with pytest.raises(UsageError, match="no study with a whole report in val"):
+        peers.measure(stock_bundle, [], reports=tmp_path)
 
 
 def test_a_peer_that_says_something_else_is_listed() -> None:

@@ -19,10 +19,17 @@ from rx_edge.bundle import Artifact, Bundle
 
 @dataclass(frozen=True)
 class Picture:
-    """One study: the file as it came, and the square that `rx-edge prepare` makes of it."""
+    """One study: the file as it came, and the square that `rx-edge prepare` makes of it.
+
+    Attributes:
+        square: PNG, 8 bits.
+        report: token ids to write, the end token excluded: the engine computes as ever and is
+            then made to choose these. None = it writes its own draft.
+    """
 
     study: Path
-    square: Path  # PNG, 8 bits
+    square: Path
+    report: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class Drafter(Engine, Protocol):
     """From image file to text."""
 
     def draft(self, picture: Picture) -> Answer:
-        """One greedy draft."""
+        """One greedy draft, or the picture's report."""
         ...
 
 

@@ -8,7 +8,7 @@ Does not cover: torch.compile, other precisions, GPUs.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rx_edge.closing import Closing
@@ -82,10 +82,12 @@ class Transformers(Closing):
     def draft(self, picture: Picture) -> Answer:
         """The study itself, not the prepared square."""
         import torch
+        from transformers import LogitsProcessorList
 
         from rx_edge import image
         from rx_edge.radiograph import open_radiograph
 
+        dictated = () if picture.report is None else (_dictation(picture.report, self._end),)
         started = time.perf_counter()
         pixels = image.prepare(open_radiograph(picture.study), self._image)
         with torch.inference_mode():
@@ -95,6 +97,7 @@ class Transformers(Closing):
                 inputs_embeds=rows,
                 attention_mask=torch.ones(rows.shape[:2], dtype=torch.long),
                 generation_config=self._config,
+                logits_processor=LogitsProcessorList(dictated),
             )
         ids = tuple(int(token) for token in found[0] if int(token) != self._end)
         text = self._model.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
@@ -103,3 +106,14 @@ class Transformers(Closing):
     def close(self) -> None:
         """Drop the model."""
         self._model = None
+
+
+def _dictation(report: Sequence[int], end: int) -> Callable[[Any, Any], Any]:
+    """A logits processor: the next token of `report` wins, then the end."""
+    script = iter((*report, end))
+
+    def dictate(_: Any, scores: Any) -> Any:
+        scores[:, next(script)] = float("inf")
+        return scores
+
+    return dictate

@@ -79,6 +79,8 @@ class LlamaMtmd(Closing):
         pieces = bytearray()
         while len(ids) < self._limit:
             token = self._context.sample()
+            if picture.report is not None:
+                token = (*picture.report, self._end)[len(ids)]
             if token == self._end or self._stock.api.llama_vocab_is_eog(self._context.vocab, token):
                 break
             ids.append(token)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,9 +20,9 @@ from rx_edge.config import RuntimeConfig
 from rx_edge.runtime.decoding import Draft, decode, greedy
 from rx_edge.runtime.pipeline import open_study
 from rx_edge.runtime.session import Session, open_checked
-from rx_edge.types import FloatArray, IntArray, Timings
+from rx_edge.types import FloatArray, IntArray, Logits, Timings
 from rx_edge_bench.deployment_loss import bundle_logits
-from rx_edge_bench.latency import run_to_end
+from rx_edge_bench.latency import forget, run_to_end
 from rx_edge_bench.peer_engines.base import Answer, Job, Picture, random_ids
 
 NO_END = -1  # a token that no model chooses: the length is fixed
@@ -38,8 +39,17 @@ class RxEdge(Closing):
             "drafts": session.drafter is not None,
         }
 
+        self._drafted: set[Path] = set()
+        self._dictation: _Dictation | None = None
+
     def draft(self, picture: Picture) -> Answer:
-        """The study itself, not the prepared square."""
+        """The study itself, not the prepared square; never from memory of its own earlier draft."""
+        if picture.study in self._drafted:
+            forget(self.session)
+            self._drafted.clear()
+        self._drafted.add(picture.study)
+        if picture.report is not None:
+            self._dictate(picture.report)
         started = time.perf_counter()
         report = run_to_end(self.session, picture.study)
         return Answer(report.token_ids, report.text, time.perf_counter() - started)
@@ -58,6 +68,13 @@ class RxEdge(Closing):
     def close(self) -> None:
         """Free both engines."""
         self.session.close()
+
+    def _dictate(self, report: Sequence[int]) -> None:
+        session = self.session
+        if self._dictation is None:
+            self._dictation = _Dictation(session.language)
+            session.language = cast(LanguageBackend, self._dictation)
+        self._dictation.script = (*report, session.prompt.end)
 
 
 def open_ours(job: Job, *, drafts: bool, vision: str | None = None) -> RxEdge:
@@ -79,6 +96,34 @@ def open_ours(job: Job, *, drafts: bool, vision: str | None = None) -> RxEdge:
             runtime=RuntimeConfig(drafts=drafts),
         )
     )
+
+
+class _Dictation:
+    """A language model that computes as ever; then the script's next token has the best logit."""
+
+    def __init__(self, language: LanguageBackend) -> None:
+        self._language = language
+        self._first = 0  # tokens in the KV cache before the script's first
+        self.script: tuple[int, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._language, name)
+
+    def prefill(self, segments: Sequence[Segment]) -> FloatArray:
+        logits = self._language.prefill(segments)
+        self._first = self._language.position
+        self._dictate(logits[None], 0)
+        return logits
+
+    def step(self, ids: IntArray) -> Logits:
+        at = self._language.position - self._first + 1
+        rows = self._language.step(ids)
+        self._dictate(rows, at)
+        return rows
+
+    def _dictate(self, rows: Logits, at: int) -> None:
+        for row, token in zip(rows, self.script[at:], strict=False):
+            row[token] = np.inf
 
 
 class Language(Closing):
