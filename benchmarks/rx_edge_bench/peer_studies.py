@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rx_edge import guards
 from rx_edge.bundle import Bundle
@@ -24,6 +24,9 @@ from rx_edge.runtime.worklist_store import studies_below
 from rx_edge_bench.deployment_loss import HELD
 from rx_edge_bench.peer_engines.base import Picture
 from rx_edge_export.mmproj_check import write_square
+
+if TYPE_CHECKING:
+    from rx_edge.train.data import Sample
 
 
 def pictures(
@@ -60,7 +63,8 @@ def held_out_reports(
     """Image file -> token ids of its reference report, as a model is trained to write it.
 
     Args:
-        pairs: a pairs.jsonl or its directory; its val and test studies with a whole report.
+        pairs: a pairs.jsonl or its directory; its val and test studies with a whole report, one
+            per patient: texts of one patient resemble each other, and ours remembers drafts.
         studies: at most so many, the same ones every time; None = all.
         tokens: what is longer is cut.
 
@@ -73,9 +77,12 @@ def held_out_reports(
     corpus = pairs_jsonl.read(pairs, CorpusConfig())
     samples = [s for name in HELD for s in corpus.split(name) if s.complete]
     samples.sort(key=lambda s: hashlib.sha256(s.id.encode()).hexdigest())
+    single: dict[str, Sample] = {}
+    for sample in samples:
+        single.setdefault(sample.patient, sample)
     found = {
         s.image: tuple(encode(tokenizer, s.target)[:tokens])
-        for s in samples[:studies]
+        for s in list(single.values())[:studies]
         if s.image is not None
     }
     if not found:

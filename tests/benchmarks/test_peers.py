@@ -113,6 +113,19 @@ def test_dictation_is_what_is_written(stock_bundle: Path, tiny_pairs: Path, tmp_
             assert answer.text == texts[study]
 
 
+def test_one_report_per_patient(stock_bundle: Path, tiny_pairs: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(stock_bundle)
+    tokenizer = load_tokenizer(bundle.path(bundle.manifest.tokenizer))
+    every = held_out_reports(tiny_pairs, tokenizer, studies=None, tokens=99)
+    rows = [json.loads(line) for line in (tiny_pairs / "pairs.jsonl").read_text().splitlines()]
+    held = [row for row in rows if row["split"] != "train"]
+    assert len(every) == len(held) == len({row["patient"] for row in held}) > 2
+    (tmp_path / "images").symlink_to(tiny_pairs / "images")
+    same = [json.dumps({**row, "patient": "one"}) for row in held]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(same), "utf-8")
+    assert len(held_out_reports(tmp_path, tokenizer, studies=None, tokens=99)) == 1
+
+
 def test_no_study_is_drafted_from_memory(
     stock_bundle: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
