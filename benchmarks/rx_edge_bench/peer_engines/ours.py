@@ -38,7 +38,6 @@ class RxEdge(Closing):
             "vision": session.vision_artifact.name,
             "drafts": session.drafter is not None,
         }
-
         self._drafted: set[Path] = set()
         self._dictation: _Dictation | None = None
 
