@@ -198,7 +198,8 @@ def _end_to_end(
         stack.enter_context(plain)
         drafting = stack.enter_context(ours.open_ours(job, drafts=True))
         engines: dict[str, Drafter] = {OURS: drafting, PLAIN: plain}
-        if any(artifact.name == "onnx:int8" for artifact in job.bundle.manifest.vision):
+        others = job.bundle.manifest.vision[1:]  # the first is the default, which has its row
+        if any(artifact.name == "onnx:int8" for artifact in others):
             quick = ours.open_ours(job, drafts=True, vision="onnx:int8")
             engines[INT8] = stack.enter_context(quick)
         for engine in engines.values():

@@ -171,6 +171,23 @@ def test_no_text_and_no_file_name(result: dict[str, Any], images: list[Path]) ->
         assert word not in text, word
 
 
+@pytest.mark.parametrize("first", ["onnx:fp32", "onnx:int8"])
+def test_the_int8_tower_has_a_row_beside_another_default(
+    tiny_run: Path, once: Callable[..., Path], images: list[Path], tmp_path: Path, first: str
+) -> None:
+    config = ExportConfig(vision=("onnx:fp32", "onnx:int8"), language=("gguf:F16",))
+    bundle = open_bundle(once("two-towers", lambda path: export(tiny_run, path, config=config)))
+    towers = sorted(bundle.manifest.vision, key=lambda artifact: artifact.name != first)
+    swapped = replace(bundle, manifest=replace(bundle.manifest, vision=tuple(towers)))
+    job, _ = peers._job(swapped, None, None, 2, 1)
+    rows, _ = peers._end_to_end(
+        job, [Picture(images[0], tmp_path / "none.png")], 1, lambda *_: None
+    )
+    ran = {name: row["settings"]["vision"] for name, row in rows.items() if row["ran"]}
+    beside = {peers.INT8: "onnx:int8"} if first == "onnx:fp32" else {}
+    assert ran == {OURS: first, PLAIN: first, **beside}
+
+
 def test_a_bundle_without_mmproj(stock_bundle: Path) -> None:
     bundle = open_bundle(stock_bundle)
     plain = replace(bundle, manifest=replace(bundle.manifest, stock=()))
