@@ -249,7 +249,9 @@ def peers(
             "reference report of each held-out study, not its own draft",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="studies of those")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="most studies of --reports")
+    ] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="turns of every study")] = 3,
     llm: LanguageChoice = None,
     max_new_tokens: Annotated[

@@ -19,9 +19,12 @@ from rx_edge.cli import app
 from rx_edge.config import CorpusConfig, ExportConfig
 from rx_edge.errors import BackendError, UsageError
 from rx_edge.prompting import layout, load_tokenizer
+from rx_edge.runtime.drafting import Drafter
 from rx_edge.runtime.pipeline import open_study
+from rx_edge.runtime.session import Session
 from rx_edge.train.data import pairs_jsonl
-from rx_edge_bench import peers, turns
+from rx_edge.types import Report, Timings
+from rx_edge_bench import latency, peers, turns
 from rx_edge_bench.peer_engines import hf, llama_mtmd, openvino_lm, ours
 from rx_edge_bench.peer_engines.base import Answer, Picture
 from rx_edge_bench.peer_studies import held_out_reports
@@ -97,7 +100,9 @@ def test_dictated_reports(stock_bundle: Path, tiny_run: Path, tiny_pairs: Path) 
     assert "lungs" not in json.dumps(found)
 
 
-def test_dictation_is_what_is_written(stock_bundle: Path, tiny_pairs: Path, tmp_path: Path) -> None:
+def test_dictation_is_what_is_written(
+    stock_bundle: Path, tiny_pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With proposals, of which some are wrong; and afterwards another report."""
     bundle = open_bundle(stock_bundle)
     job, _ = peers._job(bundle, None, None, None, 1)
@@ -106,11 +111,22 @@ def test_dictation_is_what_is_written(stock_bundle: Path, tiny_pairs: Path, tmp_
     short = held_out_reports(tiny_pairs, tokenizer, studies=3, tokens=3)
     assert [ids[:3] for ids in written.values()] == list(short.values())
     texts = {s.image: s.target for s in pairs_jsonl.read(tiny_pairs, CorpusConfig()).samples}
+    said: list[Timings] = []
+
+    def run_to_end(session: Session, study: Path) -> Report:
+        report = latency.run_to_end(session, study)
+        said.append(report.timings)
+        return report
+
+    monkeypatch.setattr(ours, "run_to_end", run_to_end)
+    monkeypatch.setattr(Drafter, "passed", lambda *_: None)  # else this machine's times decide
     with ours.open_ours(job, drafts=True) as engine:
         for study, ids in written.items():
             answer = engine.draft(Picture(study, tmp_path / "none.png", ids))
             assert answer.ids == ids
             assert answer.text == texts[study]
+    proposed, right = sum(t.drafted_tokens for t in said), sum(sum(t.accepted) for t in said)
+    assert proposed > right > 0
 
 
 def test_one_report_per_patient(stock_bundle: Path, tiny_pairs: Path, tmp_path: Path) -> None:
